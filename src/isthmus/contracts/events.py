@@ -1,0 +1,170 @@
+"""What travels between an engine and its client: commands in, events out. Wire forms by msgspec, tagged by `type`.
+
+    client -> engine    Submit | Abort | Drain | Shutdown
+    engine -> client    Ready | Failed | Outputs
+
+Every accepted request gets exactly one output with a `finish`; after it nothing more comes for that id.
+A refused request gets one output with `Finish.REJECTED` and an `error`.
+"""
+
+import enum
+
+import msgspec
+
+from isthmus.contracts.ids import RequestId
+from isthmus.contracts.layout import Codec, Dtype
+from isthmus.contracts.requests import EngineRequest
+
+
+class Finish(enum.StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    REJECTED = "rejected"
+    ERROR = "error"
+    DONE = "done"
+    """A prefill or embed request did what it was asked."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """The log probability of a chosen token, and the best alternatives (ids with log probabilities, best first)."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Seconds, on the engine's monotonic clock: in the queue, from start to the first token, from there to the end."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    preemptions: int
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error of the tree in wire form."""
+
+    code: str
+    message: str
+    field: str = ""
+    retry_after_s: float | None = None
+
+
+class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request, or its end, or both.
+
+    `cached_tokens` (prompt tokens whose state was reused, not computed) comes with the first output. `stop_token` says
+    that the last token id ended the text and is not part of it. `hidden` answers `Work.EMBED`. `logits_digest` (exact
+    mode, with the end) is a BLAKE3 chain over the float32 logits of every sampled position: equal digests mean bitwise
+    equal logits.
+    """
+
+    request_id: RequestId
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish: Finish | None = None
+    stop_token: bool = False
+    cached_tokens: int | None = None
+    hidden: bytes | None = None
+    timing: Timing | None = None
+    logits_digest: bytes | None = None
+    error: ErrorInfo | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A snapshot of the engine. Counters since the start unless they are named after a state."""
+
+    waiting: int = 0
+    running: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    blocks_leased: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    dedup_waits: int = 0
+    rejected: int = 0
+    aborted: int = 0
+    finished: int = 0
+    draft_tokens: int = 0
+    accepted_drafts: int = 0
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What an engine serves. `weights` is the 32-byte digest that is part of every BlockKey."""
+
+    name: str
+    model_type: str
+    dtype: Dtype
+    device: str
+    exact: bool
+    parameters: int
+    vocab_size: int
+    max_model_len: int
+    weights: bytes
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+    block_bytes: int
+    blocks: int
+    codec: Codec
+    eos_token_ids: list[int]
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Run this request."""
+
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop this request by the end of the running step. Unknown ids are ignored: the request may just have ended."""
+
+    request_id: RequestId
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Finish what was accepted; refuse anything new."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """End now."""
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Start-up progress: what is being done, and how far it is (0 to 1)."""
+
+    stage: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine takes requests."""
+
+    info: ModelInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine cannot go on (bad model folder, exact mode refused, internal error); the process ends after this."""
+
+    error: ErrorInfo
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """What one step gave, and the engine's state after it."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+Command = Submit | Abort | Drain | Shutdown
+Event = Progress | Ready | Failed | Outputs

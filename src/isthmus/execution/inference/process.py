@@ -1,0 +1,156 @@
+"""The engine's own process: the far end of the engine port, over an inherited Unix socket pair.
+
+Only the parent holds the other end, so the hop is authenticated by construction. The first frame in is
+`EngineSettings`; after `Ready` come commands in and one `Outputs` a step out. End of file means that the parent is
+gone: the process ends. Nothing of a request is kept once it ended, and nothing is logged but errors without content.
+"""
+
+import argparse
+import select
+import socket
+import sys
+
+from isthmus.contracts.clock import SystemClock
+from isthmus.contracts.errors import InvalidInput, IsthmusError
+from isthmus.contracts.events import (
+    Abort,
+    Command,
+    Drain,
+    ErrorInfo,
+    Event,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    RequestOutput,
+    Shutdown,
+    Submit,
+)
+from isthmus.contracts.wire import FrameReader, encode_frame
+from isthmus.execution.inference.engine import EngineCore
+from isthmus.execution.inference.settings import EngineSettings
+
+RECEIVE_BYTES = 1 << 18
+SEND_TIMEOUT_S = 30.0
+STATS_INTERVAL_S = 1.0
+SETTINGS_FRAME_BYTES = 1 << 16
+
+
+class Hangup(Exception):
+    """The parent closed its end, or sent `Shutdown`."""
+
+
+class Link:
+    """The child's end of the socket: whole commands in, whole events out."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._socket.settimeout(SEND_TIMEOUT_S)
+        self._commands: FrameReader[Command] = FrameReader(Command)
+
+    def settings(self) -> EngineSettings:
+        """The first frame. Raises `WireViolation`, `Hangup`."""
+        reader: FrameReader[EngineSettings] = FrameReader(EngineSettings, SETTINGS_FRAME_BYTES)
+        while True:
+            values = reader.feed(self._receive())
+            if values:
+                return values[0]
+
+    def send(self, event: Event) -> None:
+        """One event out. A parent that takes nothing for 30 s counts as gone."""
+        try:
+            self._socket.sendall(encode_frame(event))
+        except OSError as error:
+            raise Hangup from error
+
+    def poll(self, timeout: float | None) -> list[Command]:
+        """The commands that arrived; waits at most `timeout` seconds (None: until one comes)."""
+        ready, _, _ = select.select([self._socket], [], [], timeout)
+        return self._commands.feed(self._receive()) if ready else []
+
+    def _receive(self) -> bytes:
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except OSError as error:
+            raise Hangup from error
+        if not data:
+            raise Hangup
+        return data
+
+
+class Loop:
+    """Drives an `EngineCore` from a `Link`."""
+
+    def __init__(self, core: EngineCore, link: Link) -> None:
+        self._core = core
+        self._link = link
+
+    def run(self) -> None:
+        """Until the parent hangs up."""
+        wait: float | None = 0.0
+        while True:
+            refused = self._obey(self._link.poll(wait))
+            stepping = self._core.begin_step()
+            if stepping:
+                refused += self._obey(self._link.poll(0.0))
+                outputs = refused + self._core.finish_step()
+            else:
+                outputs = refused + self._core.collect()
+            if outputs:
+                self._link.send(Outputs(outputs, self._core.stats()))
+            wait = 0.0 if stepping else self._core.wait_s()
+
+    def _obey(self, commands: list[Command]) -> list[RequestOutput]:
+        """Carry out commands. Returns the outputs that refuse requests."""
+        refused: list[RequestOutput] = []
+        for command in commands:
+            match command:
+                case Submit():
+                    output = self._core.submit(command.request)
+                    if output is not None:
+                        refused.append(output)
+                case Abort():
+                    self._core.abort(command.request_id)
+                case Drain():
+                    self._core.drain()
+                case Shutdown():
+                    raise Hangup
+        return refused
+
+
+def serve(link: Link) -> None:
+    """Load the model, then run until the parent hangs up. A start-up error is sent as `Failed`."""
+    settings = link.settings()
+    link.send(Progress("starting", 0.0))
+    from isthmus.execution.inference.runner import open_runner
+
+    runner = open_runner(settings, lambda stage, fraction: link.send(Progress(stage, fraction)))
+    try:
+        core = EngineCore(runner, settings.scheduler, SystemClock())
+        link.send(Ready(core.info))
+        Loop(core, link).run()
+    finally:
+        runner.close()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `python -m isthmus.execution.inference.process --fd N`."""
+    parser = argparse.ArgumentParser(prog="isthmus-engine", description="The engine process; started by isthmus serve.")
+    parser.add_argument("--fd", type=int, required=True, help="the inherited end of the socket pair")
+    link = Link(socket.socket(fileno=parser.parse_args(arguments).fd))
+    try:
+        serve(link)
+    except (Hangup, KeyboardInterrupt):
+        return 0
+    except IsthmusError as error:
+        field = error.field if isinstance(error, InvalidInput) else ""
+        try:
+            link.send(Failed(ErrorInfo(error.code, str(error), field)))
+        except Hangup:
+            return 0
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

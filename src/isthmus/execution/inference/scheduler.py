@@ -1,0 +1,299 @@
+"""The scheduler: which tokens of which requests the next step computes. Pure: no I/O, no clock of its own, no tensors.
+
+    schedule(now) -> Batch      update(batch, result, now) -> outputs      add / abort at any time in between
+
+Promises
+- A step computes at most `max_batch_tokens` tokens: first one token (plus drafts) for every decoding sequence, then
+chunks of prompts, in the order of the waiting queue (priority with ageing).
+- A block being computed is awaited, never computed twice (inflight.py).
+- When memory runs out the last in that order is preempted: it gives up its blocks, keeps its place, and later
+recomputes what is not cached any more. The first in the order always fits alone, so something always advances.
+- A request that ends, in whatever state, frees its blocks at once; if it is part of the step under way, when that ends.
+- free + cached + leased == total after every call.
+"""
+
+from isthmus.contracts.events import EngineStats, Finish, ModelInfo, RequestOutput
+from isthmus.contracts.ids import RequestId
+from isthmus.contracts.keys import BlockKey
+from isthmus.contracts.requests import EngineRequest, Work
+from isthmus.execution.inference.admission import Admission
+from isthmus.execution.inference.batch import Batch, SequenceSlice, StepResult
+from isthmus.execution.inference.counters import Counters
+from isthmus.execution.inference.inflight import InflightPrefixes
+from isthmus.execution.inference.lease import Lease
+from isthmus.execution.inference.outcome import take_result
+from isthmus.execution.inference.pool import BlockPool, PoolCorrupt
+from isthmus.execution.inference.sequence import Sequence, State
+from isthmus.execution.inference.settings import SchedulerSettings
+from isthmus.execution.inference.tree import PrefixTree
+from isthmus.execution.inference.waiting import WaitingQueue
+
+
+class Scheduler:
+    """The requests of one engine and the blocks they hold."""
+
+    def __init__(self, info: ModelInfo, format_digest: bytes, settings: SchedulerSettings) -> None:
+        self._info = info
+        self._format_digest = format_digest
+        self._settings = settings
+        self._pool = BlockPool(info.blocks)
+        self._tree = PrefixTree(self._pool)
+        self._inflight = InflightPrefixes()
+        self._waiting = WaitingQueue(settings.ageing_s)
+        self._blocked: dict[RequestId, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._all: dict[RequestId, Sequence] = {}
+        self._admission = Admission(info, settings)
+        self._counters = Counters()
+        self._ended: list[RequestOutput] = []
+
+    # ---- requests in and out
+
+    def add(self, request: EngineRequest, now: float) -> RequestOutput | None:
+        """Queue a request; the output that refuses it when it cannot be taken."""
+        queued = len(self._waiting) + len(self._blocked)
+        refusal = self._admission.refuse(request, self._all.keys(), queued, now)
+        if refusal is not None:
+            self._counters.rejected += 1
+            return refusal
+        sequence = Sequence(request, self._info.block_tokens, self._format_digest, now)
+        self._all[sequence.id] = sequence
+        self._waiting.push(sequence)
+        return None
+
+    def abort(self, request_id: RequestId, now: float, finish: Finish = Finish.ABORT) -> None:
+        """End a request; its last output comes with the next `update` or `collect`. Unknown ids are ignored."""
+        sequence = self._all.get(request_id)
+        if sequence is None or sequence.doomed is not None:
+            return
+        if sequence.in_step:
+            sequence.doomed = finish
+        else:
+            self._end(sequence, finish, now)
+
+    def drain(self) -> None:
+        """Refuse every request from now on."""
+        self._admission.draining = True
+
+    def collect(self) -> list[RequestOutput]:
+        """The last outputs of requests that ended outside a step."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is left."""
+        return not self._all
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of any request."""
+        deadlines = [s.deadline for s in self._all.values() if s.deadline is not None and s.doomed is None]
+        return min(deadlines, default=None)
+
+    # ---- schedule
+
+    def schedule(self, now: float) -> Batch | None:
+        """Choose the next step; None when nothing can run. Not to be called while a step is under way."""
+        for sequence in list(self._all.values()):
+            if sequence.deadline is not None and now >= sequence.deadline:
+                self.abort(sequence.id, now, Finish.DEADLINE)
+        self._running.sort(key=self._waiting.score)
+        parts: dict[RequestId, SequenceSlice] = {}
+        budget = self._settings.max_batch_tokens
+        for decoding in (True, False):
+            for sequence in list(self._running):
+                if budget > 0 and sequence.state is State.RUNNING and (sequence.remaining == 1) == decoding:
+                    budget -= self._plan(sequence, budget, parts)
+        self._admit(budget, parts, now)
+        if not parts:
+            return None
+        for sequence in self._running:
+            sequence.in_step = sequence.id in parts
+        return Batch(list(parts.values()))
+
+    def _admit(self, budget: int, parts: dict[RequestId, SequenceSlice], now: float) -> None:
+        """Start waiting requests while tokens, places and blocks last."""
+        for sequence in self._waiting:
+            if budget < 1 or len(self._running) >= self._settings.max_running:
+                return
+            keys = sequence.matchable()
+            matched = self._tree.match(keys)
+            pending = self._inflight.last_pending(keys, len(matched))
+            if pending is not None:
+                self._block(sequence, pending)
+                continue
+            needed = self._blocks_for(sequence.length) - len(matched) + self._promised()
+            reused = sum(self._pool.refs(block) == 0 for block in matched)
+            if needed > self._pool.free + self._pool.cached - reused:
+                return
+            self._start(sequence, matched, now)
+            budget -= self._plan(sequence, budget, parts)
+
+    def _start(self, sequence: Sequence, matched: list[int], now: float) -> None:
+        self._waiting.remove(sequence)
+        sequence.state = State.RUNNING
+        sequence.lease = Lease(self._pool, self._tree, matched)
+        sequence.computed = len(matched) * self._info.block_tokens
+        sequence.committed = len(matched)
+        if sequence.started is None:
+            sequence.started = now
+            sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
+            self._counters.cached_tokens += sequence.cached_tokens
+            self._counters.prompt_tokens += len(sequence.request.prompt_ids)
+        self._running.append(sequence)
+        full = sequence.length // self._info.block_tokens
+        self._inflight.register(sequence.id, sequence.keys(full)[sequence.committed :])
+
+    def _block(self, sequence: Sequence, key: BlockKey) -> None:
+        self._waiting.remove(sequence)
+        sequence.state = State.BLOCKED
+        self._blocked[sequence.id] = sequence
+        self._inflight.wait(sequence.id, key)
+        self._counters.dedup_waits += 1
+
+    def _plan(self, sequence: Sequence, budget: int, parts: dict[RequestId, SequenceSlice]) -> int:
+        """Add `sequence`'s next tokens to the step. Returns how many; 0 when it was preempted for lack of blocks."""
+        count = min(sequence.remaining, budget)
+        drafts = self._drafts(sequence, budget - count) if count == sequence.remaining else []
+        needed = self._blocks_for(sequence.computed + count + len(drafts))
+        lease = sequence.lease
+        while lease is not None and not lease.grow(max(0, needed - len(lease.blocks))):
+            if drafts:
+                drafts = []
+                needed = self._blocks_for(sequence.computed + count)
+                continue
+            victim = max(self._running, key=self._waiting.score)
+            parts.pop(victim.id, None)
+            self._preempt(victim)
+            if victim is sequence:
+                return 0
+        banned = self._banned(sequence)
+        parts[sequence.id] = sequence.slice(count, drafts, banned, digest=self._info.exact)
+        self._counters.draft_tokens += len(drafts)
+        return count + len(drafts)
+
+    def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
+        """Guesses, never past the end of the request or of the model's context."""
+        if self._settings.draft_tokens == 0 or sequence.request.work is not Work.GENERATE or sequence.remaining != 1:
+            return []
+        left = sequence.request.sampling.max_tokens - len(sequence.history.output) - 1
+        room = self._info.max_model_len - sequence.length - 1
+        return sequence.drafts(min(self._settings.draft_tokens, budget, left, room))
+
+    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
+        """Tokens that may not be chosen before min_tokens."""
+        params = sequence.request.sampling
+        if len(sequence.history.output) >= params.min_tokens:
+            return ()
+        return tuple(sorted({*self._info.eos_token_ids, *params.stop_token_ids}))
+
+    def _promised(self) -> int:
+        """Blocks that running sequences still need for the tokens they have."""
+        held = ((s, len(s.lease.blocks)) for s in self._running if s.lease is not None)
+        return sum(max(0, self._blocks_for(s.length) - count) for s, count in held)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._drop_state(sequence)
+        sequence.state = State.WAITING
+        sequence.computed = sequence.committed = 0
+        sequence.preemptions += 1
+        self._counters.preemptions += 1
+        self._waiting.push(sequence)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._info.block_tokens)
+
+    # ---- update
+
+    def update(self, batch: Batch, result: StepResult, now: float) -> list[RequestOutput]:
+        """Take what a step gave: tokens, ends, blocks that can be reused from now on."""
+        self._counters.steps += 1
+        outputs: list[RequestOutput] = []
+        for part, got in zip(batch.slices, result.slices, strict=True):
+            sequence = self._all[RequestId(part.request_id)]
+            sequence.in_step = False
+            sequence.advance(part, got)
+            self._counters.computed_tokens += len(part.token_ids)
+            self._counters.accepted_drafts += got.accepted_drafts
+            self._commit(sequence)
+            if sequence.doomed is not None:
+                self._end(sequence, sequence.doomed, now)
+                continue
+            output, finish = take_result(sequence, got, self._info, now)
+            if sequence.lease is not None:
+                sequence.lease.truncate(self._blocks_for(sequence.computed))
+            self._commit(sequence)
+            if output is not None:
+                outputs.append(output)
+                self._counters.output_tokens += len(output.token_ids)
+            if finish is not None:
+                self._forget(sequence)
+        return outputs + self.collect()
+
+    def _commit(self, sequence: Sequence) -> None:
+        """Name the newly filled blocks in the tree and wake who waited for them."""
+        lease = sequence.lease
+        full = min(sequence.computed, sequence.length) // self._info.block_tokens
+        if lease is None or full <= sequence.committed:
+            return
+        keys = sequence.keys(full)
+        for index in range(sequence.committed, full):
+            parent = keys[index - 1] if index else None
+            self._tree.insert(keys[index], parent, lease.blocks[index])
+            self._wake(self._inflight.computed(sequence.id, keys[index]))
+        sequence.committed = full
+
+    def _wake(self, waiters: list[RequestId]) -> None:
+        for waiter in waiters:
+            sequence = self._blocked.pop(waiter)
+            sequence.state = State.WAITING
+            self._waiting.push(sequence)
+
+    # ---- ends
+
+    def _end(self, sequence: Sequence, finish: Finish, now: float) -> None:
+        """End a sequence that is not part of the step under way."""
+        self._ended.append(sequence.final_output(finish, now))
+        self._counters.aborted += 1
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is State.BLOCKED:
+            self._inflight.cancel_wait(sequence.id)
+            del self._blocked[sequence.id]
+        elif sequence.state is State.RUNNING:
+            self._running.remove(sequence)
+            self._drop_state(sequence)
+        sequence.state = State.ENDED
+        self._waiting.forget(sequence)
+        del self._all[sequence.id]
+        self._counters.finished += 1
+
+    def _drop_state(self, sequence: Sequence) -> None:
+        """Give back blocks and the keys still pending."""
+        if sequence.lease is not None:
+            sequence.lease.close()
+            sequence.lease = None
+        self._wake(self._inflight.release(sequence.id))
+
+    # ---- what others may see
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queues, blocks and counters."""
+        return self._counters.snapshot(
+            waiting=len(self._waiting) + len(self._blocked), running=len(self._running), pool=self._pool
+        )
+
+    def check(self) -> None:
+        """Raise `PoolCorrupt` unless pool and tree agree, and idle means that nothing is leased or pending."""
+        self._pool.check()
+        self._tree.check()
+        held = sum(len(s.lease.blocks) for s in self._running if s.lease is not None)
+        refs = sum(self._pool.refs(block) for block in range(self._pool.total))
+        if held != refs:
+            raise PoolCorrupt(f"running sequences hold {held} leases, the pool counts {refs}")
+        if self.idle and len(self._inflight):
+            raise PoolCorrupt(f"{len(self._inflight)} keys are pending in an idle engine")

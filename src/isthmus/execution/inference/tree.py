@@ -1,0 +1,128 @@
+"""The prefix tree: which computed blocks can be reused, by BlockKey.
+
+A BlockKey chains over everything before it, so the tree is a table key -> node whose edges are the parents. Promise:
+**a present block implies its prefix** (children are evicted before their parent), so the longest match is a binary
+search. Eviction takes the least recently used leaf whose block has no lease; leases always cover a prefix, so a leased
+block's ancestors are never leaves.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isthmus.contracts.keys import BlockKey
+from isthmus.execution.inference.pool import BlockPool, PoolCorrupt
+
+
+@dataclass(slots=True)
+class _Node:
+    key: BlockKey
+    block: int
+    parent: "_Node | None"
+    children: int
+    used: int
+    """The tick of the last match or release."""
+
+
+class PrefixTree:
+    """The index of a pool's computed blocks."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._nodes: dict[BlockKey, _Node] = {}
+        self._by_block: dict[int, _Node] = {}
+        self._leaves: list[tuple[int, int]] = []
+        self._tick = 0
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def match(self, keys: Sequence[BlockKey]) -> list[int]:
+        """The blocks of the longest present prefix of the chain `keys`. They are not leased yet: lease them before
+        anything else touches the pool.
+        """
+        low, high = 0, len(keys)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if keys[middle - 1] in self._nodes:
+                low = middle
+            else:
+                high = middle - 1
+        return [self._nodes[key].block for key in keys[:low]]
+
+    def insert(self, key: BlockKey, parent: BlockKey | None, block: int) -> bool:
+        """Name the leased `block` by `key`. False when the key is present already (the caller keeps a private copy) or
+        when its parent is not (a hole would break the promise).
+        """
+        parent_node = None if parent is None else self._nodes.get(parent)
+        if key in self._nodes or (parent is not None and parent_node is None):
+            return False
+        self._pool.index(block)
+        node = _Node(key, block, parent_node, 0, self._tick)
+        if parent_node is not None:
+            parent_node.children += 1
+        self._nodes[key] = node
+        self._by_block[block] = node
+        return True
+
+    def released(self, blocks: Sequence[int]) -> None:
+        """The pool says that these blocks became cached. Call with a chain's last block first."""
+        self._tick += 1
+        for block in blocks:
+            node = self._by_block[block]
+            node.used = self._tick
+            if node.children == 0:
+                self._push(node)
+
+    def evict(self, count: int) -> int:
+        """Free up to `count` cached blocks, least recently used leaves first. Returns how many."""
+        freed = 0
+        while freed < count and self._leaves:
+            used, block = heapq.heappop(self._leaves)
+            node = self._by_block.get(block)
+            if node is None or node.used != used or node.children or self._pool.refs(block):
+                continue
+            self._remove(node)
+            freed += 1
+        return freed
+
+    def _remove(self, node: _Node) -> None:
+        del self._nodes[node.key]
+        del self._by_block[node.block]
+        self._pool.unindex(node.block)
+        parent = node.parent
+        if parent is not None:
+            parent.children -= 1
+            if parent.children == 0 and self._pool.refs(parent.block) == 0:
+                self._push(parent)
+
+    def _push(self, node: _Node) -> None:
+        """Offer a cached leaf for eviction. Stale entries are dropped when popped, or here when they pile up."""
+        if len(self._leaves) > 4 * self._pool.total + 64:
+            live = (n for n in self._nodes.values() if n.children == 0 and self._pool.refs(n.block) == 0)
+            self._leaves = [(n.used, n.block) for n in live]
+            heapq.heapify(self._leaves)
+        heapq.heappush(self._leaves, (node.used, node.block))
+
+    def check(self) -> None:
+        """Raise `PoolCorrupt` unless every node's parent is present, the child counts are right, every cached leaf can
+        be found by eviction, and the pool's indexed blocks are exactly the tree's.
+        """
+        children: dict[BlockKey, int] = {}
+        offered = set(self._leaves)
+        for node in self._nodes.values():
+            if not self._pool.indexed(node.block) or self._by_block.get(node.block) is not node:
+                raise PoolCorrupt(f"block {node.block} is in the tree but not indexed")
+            if node.parent is not None:
+                if self._nodes.get(node.parent.key) is not node.parent:
+                    raise PoolCorrupt("a block is present without its prefix")
+                children[node.parent.key] = children.get(node.parent.key, 0) + 1
+        for node in self._nodes.values():
+            if node.children != children.get(node.key, 0):
+                raise PoolCorrupt("a child count is wrong")
+            evictable = node.children == 0 and self._pool.refs(node.block) == 0
+            if evictable and (node.used, node.block) not in offered:
+                raise PoolCorrupt(f"cached leaf {node.block} cannot be evicted")
+        indexed = sum(self._pool.indexed(block) for block in range(self._pool.total))
+        if indexed != len(self._nodes):
+            raise PoolCorrupt(f"{indexed} blocks are indexed, the tree has {len(self._nodes)}")
