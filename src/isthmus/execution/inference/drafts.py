@@ -1,7 +1,7 @@
 """Draft tokens by prompt lookup: what followed the last time the same few tokens stood in this sequence.
 
-Source: Saxena, "Prompt Lookup Decoding" (2023). Costs no model; good for quoting and editing. Verification makes it exact,
-so a bad guess only costs the step some tokens.
+Source: Saxena, "Prompt Lookup Decoding" (2023). Costs no model; good for quoting and editing. Verification makes it
+exact, so a bad guess only costs the step some tokens.
 """
 
 NGRAM = 3

@@ -31,7 +31,7 @@ class Lease:
         return self._blocks
 
     def grow(self, count: int) -> bool:
-        """Add `count` fresh blocks, evicting cached ones where none is free. False, and nothing added, when there is no room."""
+        """Add `count` fresh blocks, evicting cached ones if need be. All or nothing: False when there is no room."""
         missing = count - self._pool.free
         if missing > self._pool.cached:
             return False

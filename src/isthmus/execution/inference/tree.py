@@ -37,6 +37,10 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._nodes)
 
+    def holds(self, key: BlockKey) -> bool:
+        """Whether `key` is present."""
+        return key in self._nodes
+
     def match(self, keys: Sequence[BlockKey]) -> list[int]:
         """The blocks of the longest present prefix of the chain `keys`. They are not leased yet: lease them before
         anything else touches the pool.

@@ -1,0 +1,111 @@
+"""Hypothesis state machines for the block pool and the prefix tree, over a 2-token vocabulary.
+
+Promises: free + cached + leased == total after every call; a present block implies its prefix; a match is the longest
+present prefix and names exactly the blocks that were inserted; a leased block is never evicted or handed out.
+Release figure (`make chaos`): 1,000 examples of 50 steps; `make test` runs fewer.
+"""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from isthmus.contracts.ids import Namespace
+from isthmus.contracts.keys import BlockKey, PrefixScope, block_key, prefix_chain
+from isthmus.execution.inference.lease import Lease
+from isthmus.execution.inference.pool import BlockPool
+from isthmus.execution.inference.tree import PrefixTree
+from tests.support.scale import examples
+
+SCOPE = PrefixScope(Namespace(b"n" * 32), "m")
+BLOCK = 2
+TOTAL = 8
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
+
+
+def keys_of(tokens: list[int]) -> list[BlockKey]:
+    return [block_key(SCOPE, key, b"f" * 32) for key in prefix_chain(SCOPE, tokens, BLOCK)]
+
+
+class BlocksMachine(RuleBasedStateMachine):
+    """Sequences come, reuse, grow, shrink and go; a dictionary says what must be true."""
+
+    leases = Bundle("leases")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(TOTAL)
+        self.tree = PrefixTree(self.pool)
+        self.model: dict[BlockKey, int] = {}
+        self.live: dict[int, tuple[Lease, list[BlockKey]]] = {}
+        self.serial = 0
+
+    @rule(target=leases, tokens=TOKENS)
+    def start(self, tokens: list[int]) -> int:
+        keys = keys_of(tokens)
+        matched = self.tree.match(keys)
+        self.forget_evicted()
+        expected: list[int] = []
+        for key in keys:
+            if key not in self.model:
+                break
+            expected.append(self.model[key])
+        assert matched == expected
+        lease = Lease(self.pool, self.tree, matched)
+        if not lease.grow(len(keys) - len(matched)):
+            lease.close()
+            keys = []
+        for index in range(len(matched), len(keys)):
+            parent = keys[index - 1] if index else None
+            if self.tree.insert(keys[index], parent, lease.blocks[index]):
+                self.model[keys[index]] = lease.blocks[index]
+        self.serial += 1
+        self.live[self.serial] = (lease, keys)
+        return self.serial
+
+    @rule(serial=leases, count=st.integers(1, 3))
+    def grow(self, serial: int, count: int) -> None:
+        lease, _ = self.live[serial]
+        room = self.pool.free + self.pool.cached
+        before = len(lease.blocks)
+        assert lease.grow(count) == (count <= room)
+        assert len(lease.blocks) in {before, before + count}
+
+    @rule(serial=leases, length=st.integers(0, 6))
+    def shrink(self, serial: int, length: int) -> None:
+        self.live[serial][0].truncate(length)
+
+    @rule(serial=consumes(leases))
+    def close(self, serial: int) -> None:
+        lease, _ = self.live.pop(serial)
+        lease.close()
+        lease.close()
+
+    @rule(count=st.integers(1, TOTAL))
+    def evict(self, count: int) -> None:
+        cached = self.pool.cached
+        assert self.tree.evict(count) == min(count, cached)
+
+    def forget_evicted(self) -> None:
+        """The tree says what it dropped only by not matching it; the model checks that nothing leased was dropped."""
+        held = {block for lease, _ in self.live.values() for block in lease.blocks}
+        for key, block in list(self.model.items()):
+            if not (self.pool.indexed(block) and self.tree.holds(key)):
+                assert block not in held or not self.pool.indexed(block) or not self.tree.holds(key)
+                del self.model[key]
+
+    @invariant()
+    def conserved(self) -> None:
+        self.pool.check()
+        self.tree.check()
+        assert self.pool.free + self.pool.cached + self.pool.leased == TOTAL
+        refs: dict[int, int] = {}
+        for lease, _ in self.live.values():
+            for block in lease.blocks:
+                refs[block] = refs.get(block, 0) + 1
+        assert all(self.pool.refs(block) == refs.get(block, 0) for block in range(TOTAL))
+
+
+TestBlocks = BlocksMachine.TestCase
+TestBlocks.settings = settings(
+    max_examples=examples(150, 1000), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -1,0 +1,154 @@
+"""A Hypothesis state machine for the whole engine core over a 2-token vocabulary, on a runner that checks every block read.
+
+Promises: every request's output is what it would be alone, whatever arrives, is aborted, preempted, shared or drafted;
+nothing is computed over wrong or stale state (the runner raises); conservation after every call; every request ends
+exactly once; what is left at rest is only cache.
+"""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from isthmus.contracts.clock import ManualClock
+from isthmus.contracts.events import Finish, RequestOutput
+from isthmus.contracts.ids import Namespace, RequestId
+from isthmus.contracts.keys import PrefixScope
+from isthmus.contracts.requests import EngineRequest, Work
+from isthmus.execution.inference.engine import EngineCore
+from isthmus.execution.inference.settings import SchedulerSettings
+from tests.support.fake_runner import FakeRunner, fake_info, reference
+from tests.support.requests import make_request
+from tests.support.scale import examples
+
+SCOPES = [PrefixScope(Namespace(bytes([fill]) * 32), "fake") for fill in (1, 2)]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Random arrivals, aborts, deadlines and steps against the one-at-a-time reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core: EngineCore | None = None
+        self.requests: dict[str, EngineRequest] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, Finish] = {}
+        self.stepping = False
+
+    @precondition(lambda self: self.core is None)
+    @rule(
+        blocks=st.integers(4, 12),
+        budget=st.integers(4, 12),
+        running=st.integers(1, 4),
+        waiting=st.integers(1, 6),
+        drafts=st.integers(0, 3),
+    )
+    def start(self, blocks: int, budget: int, running: int, waiting: int, drafts: int) -> None:
+        self.clock = ManualClock()
+        runner = FakeRunner(fake_info(blocks, block_tokens=3, vocab=2, max_len=24))
+        limits = SchedulerSettings(
+            max_batch_tokens=budget, max_running=running, max_waiting=waiting, draft_tokens=drafts, ageing_s=1.0
+        )
+        self.core = EngineCore(runner, limits, self.clock)
+
+    @precondition(lambda self: self.core is not None)
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14),
+        max_tokens=st.integers(1, 10),
+        scope=st.sampled_from(SCOPES),
+        priority=st.integers(-2, 2),
+        deadline=st.sampled_from([None, None, None, 0.5, 2.0]),
+        work=st.sampled_from([Work.GENERATE] * 4 + [Work.PREFILL, Work.EMBED]),
+        resumed=st.integers(0, 2),
+    )
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        scope: PrefixScope,
+        priority: int,
+        deadline: float | None,
+        work: Work,
+        resumed: int,
+    ) -> None:
+        assert self.core is not None
+        name = f"r{len(self.requests)}"
+        resumed = min(resumed, max_tokens - 1) if work is Work.GENERATE else 0
+        output = reference(prompt, 7, resumed, 2)
+        request = make_request(
+            name, prompt, max_tokens, 7, work, output, priority=priority, deadline_s=deadline, scope=scope
+        )
+        self.requests[name] = request
+        self.tokens[name] = list(output)
+        refused = self.core.submit(request)
+        if refused is not None:
+            self.take([refused])
+
+    @precondition(lambda self: self.core is not None and len(self.requests) > 0)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        assert self.core is not None
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        self.core.abort(RequestId(name))
+
+    @precondition(lambda self: self.core is not None and not self.stepping)
+    @rule(seconds=st.floats(0, 0.4))
+    def begin(self, seconds: float) -> None:
+        assert self.core is not None
+        self.clock.advance(seconds)
+        self.stepping = self.core.begin_step()
+        if not self.stepping:
+            self.take(self.core.collect())
+
+    @precondition(lambda self: self.stepping)
+    @rule()
+    def finish(self) -> None:
+        assert self.core is not None
+        self.stepping = False
+        self.take(self.core.finish_step())
+
+    def take(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            name = output.request_id
+            assert name not in self.ended
+            self.tokens[name] += output.token_ids
+            if output.finish is not None:
+                self.ended[name] = output.finish
+
+    @invariant()
+    def conserved(self) -> None:
+        if self.core is not None:
+            self.core.check()
+            stats = self.core.stats()
+            assert stats.blocks_free + stats.blocks_cached + stats.blocks_leased == stats.blocks_total
+
+    @invariant()
+    def outputs_are_those_of_each_request_alone(self) -> None:
+        for name, tokens in self.tokens.items():
+            request = self.requests[name]
+            assert tokens == reference(request.prompt_ids, 7, len(tokens), 2)
+
+    def teardown(self) -> None:
+        if self.core is None:
+            return
+        if self.stepping:
+            self.take(self.core.finish_step())
+        for _ in range(600):
+            if self.core.idle:
+                break
+            self.take(self.core.step())
+        self.take(self.core.collect())
+        assert self.core.idle, "every request ends"
+        assert set(self.ended) == set(self.requests)
+        self.core.check()
+        assert self.core.stats().blocks_leased == 0
+        for name, finish in self.ended.items():
+            request = self.requests[name]
+            if finish is Finish.LENGTH:
+                room = 24 - len(request.prompt_ids)
+                assert len(self.tokens[name]) == min(request.sampling.max_tokens, room)
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(
+    max_examples=examples(150, 1000), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
