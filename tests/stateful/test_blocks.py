@@ -36,11 +36,12 @@ class BlocksMachine(RuleBasedStateMachine):
         self.pool = BlockPool(TOTAL)
         self.tree = PrefixTree(self.pool)
         self.model: dict[BlockKey, int] = {}
-        self.live: dict[int, tuple[Lease, list[BlockKey]]] = {}
+        self.live: dict[int, tuple[Lease, list[BlockKey], int]] = {}
         self.serial = 0
 
-    @rule(target=leases, tokens=TOKENS)
-    def start(self, tokens: list[int]) -> int:
+    @rule(target=leases, tokens=TOKENS, blind=st.booleans())
+    def start(self, tokens: list[int], blind: bool) -> int:
+        """`blind`: compute everything although some of it may be present, as two sequences at the same time do."""
         keys = keys_of(tokens)
         matched = self.tree.match(keys)
         self.forget_evicted()
@@ -50,21 +51,24 @@ class BlocksMachine(RuleBasedStateMachine):
                 break
             expected.append(self.model[key])
         assert matched == expected
+        matched = [] if blind else matched
         lease = Lease(self.pool, self.tree, matched)
         if not lease.grow(len(keys) - len(matched)):
             lease.close()
             keys = []
+        self.forget_evicted()
         for index in range(len(matched), len(keys)):
             parent = keys[index - 1] if index else None
-            if self.tree.insert(keys[index], parent, lease.blocks[index]):
-                self.model[keys[index]] = lease.blocks[index]
+            block = self.tree.insert(keys[index], parent, lease.blocks[index])
+            assert block == self.model.setdefault(keys[index], block)
+            lease.share(index, block)
         self.serial += 1
-        self.live[self.serial] = (lease, keys)
+        self.live[self.serial] = (lease, keys, len(keys))
         return self.serial
 
     @rule(serial=leases, count=st.integers(1, 3))
     def grow(self, serial: int, count: int) -> None:
-        lease, _ = self.live[serial]
+        lease = self.live[serial][0]
         room = self.pool.free + self.pool.cached
         before = len(lease.blocks)
         assert lease.grow(count) == (count <= room)
@@ -72,11 +76,13 @@ class BlocksMachine(RuleBasedStateMachine):
 
     @rule(serial=leases, length=st.integers(0, 6))
     def shrink(self, serial: int, length: int) -> None:
-        self.live[serial][0].truncate(length)
+        lease, keys, kept = self.live[serial]
+        lease.truncate(length)
+        self.live[serial] = (lease, keys, min(kept, length))
 
     @rule(serial=consumes(leases))
     def close(self, serial: int) -> None:
-        lease, _ = self.live.pop(serial)
+        lease = self.live.pop(serial)[0]
         lease.close()
         lease.close()
 
@@ -84,14 +90,14 @@ class BlocksMachine(RuleBasedStateMachine):
     def evict(self, count: int) -> None:
         cached = self.pool.cached
         assert self.tree.evict(count) == min(count, cached)
+        self.forget_evicted()
 
     def forget_evicted(self) -> None:
-        """The tree says what it dropped only by not matching it; the model checks that nothing leased was dropped."""
-        held = {block for lease, _ in self.live.values() for block in lease.blocks}
-        for key, block in list(self.model.items()):
-            if not (self.pool.indexed(block) and self.tree.holds(key)):
-                assert block not in held or not self.pool.indexed(block) or not self.tree.holds(key)
-                del self.model[key]
+        """Drop from the model what the tree evicted, and check that nothing leased was."""
+        for key in [key for key in self.model if not self.tree.holds(key)]:
+            del self.model[key]
+        for _, keys, length in self.live.values():
+            assert all(key in self.model for key in keys[:length]), "what is leased is not evicted"
 
     @invariant()
     def conserved(self) -> None:
@@ -99,7 +105,7 @@ class BlocksMachine(RuleBasedStateMachine):
         self.tree.check()
         assert self.pool.free + self.pool.cached + self.pool.leased == TOTAL
         refs: dict[int, int] = {}
-        for lease, _ in self.live.values():
+        for lease, _, _ in self.live.values():
             for block in lease.blocks:
                 refs[block] = refs.get(block, 0) + 1
         assert all(self.pool.refs(block) == refs.get(block, 0) for block in range(TOTAL))

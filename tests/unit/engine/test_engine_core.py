@@ -329,3 +329,15 @@ def test_blocks_freed_by_an_abort_during_a_step_are_not_reused_within_it() -> No
     assert engine.core.stats().blocks_leased == 3
     engine.take(engine.core.finish_step())
     assert engine.core.stats().blocks_leased == 0
+
+
+def test_two_sequences_that_computed_the_same_block_share_it_afterwards() -> None:
+    """Found by the state machine: a private copy under a shared child left a cached block that could not be evicted."""
+    engine = Harness(blocks=5, vocab=2, max_running=2, max_batch_tokens=4)
+    engine.submit("a", [0], max_tokens=1)
+    engine.submit("b", [0, 0, 0], max_tokens=1)
+    engine.submit("c", [0, 0, 0], max_tokens=12)
+    engine.submit("d", [0], max_tokens=12)
+    engine.run()
+    assert engine.tokens["c"] == reference([0, 0, 0], 0, 12, 2)
+    assert engine.tokens["d"] == reference([0], 0, 12, 2)

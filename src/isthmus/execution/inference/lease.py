@@ -40,6 +40,14 @@ class Lease:
         self._blocks.extend(self._pool.take() for _ in range(count))
         return True
 
+    def share(self, index: int, block: int) -> None:
+        """Hold `block`, which carries the same key, in place of the one at `index`. Not while a step is under way."""
+        own = self._blocks[index]
+        if own != block:
+            self._pool.retain(block)
+            self._blocks[index] = block
+            self._pool.release(own)
+
     def truncate(self, length: int) -> None:
         """Give back all but the first `length` blocks."""
         dropped = self._blocks[length:]

@@ -240,7 +240,7 @@ class Scheduler:
         keys = sequence.keys(full)
         for index in range(sequence.committed, full):
             parent = keys[index - 1] if index else None
-            self._tree.insert(keys[index], parent, lease.blocks[index])
+            lease.share(index, self._tree.insert(keys[index], parent, lease.blocks[index]))
             self._wake(self._inflight.computed(sequence.id, keys[index]))
         sequence.committed = full
 

@@ -54,20 +54,24 @@ class PrefixTree:
                 high = middle - 1
         return [self._nodes[key].block for key in keys[:low]]
 
-    def insert(self, key: BlockKey, parent: BlockKey | None, block: int) -> bool:
-        """Name the leased `block` by `key`. False when the key is present already (the caller keeps a private copy) or
-        when its parent is not (a hole would break the promise).
-        """
-        parent_node = None if parent is None else self._nodes.get(parent)
-        if key in self._nodes or (parent is not None and parent_node is None):
-            return False
+    def insert(self, key: BlockKey, parent: BlockKey | None, block: int) -> int:
+        """Name the leased `block` by `key`; its parent is present. Returns the block that carries the key: another one
+        when the key was present already, and then the caller shares that one (`Lease.share`), so that leases cover
+        prefixes."""
+        present = self._nodes.get(key)
+        if present is not None:
+            return present.block
+        parent_node = None
+        if parent is not None:
+            parent_node = self._nodes.get(parent)
+            if parent_node is None:
+                raise PoolCorrupt("a block is named before its prefix")
+            parent_node.children += 1
         self._pool.index(block)
         node = _Node(key, block, parent_node, 0, self._tick)
-        if parent_node is not None:
-            parent_node.children += 1
         self._nodes[key] = node
         self._by_block[block] = node
-        return True
+        return block
 
     def released(self, blocks: Sequence[int]) -> None:
         """The pool says that these blocks became cached. Call with a chain's last block first."""
