@@ -175,13 +175,13 @@ class FakeEngine:
         finally:
             self.closed.append(request.request_id)
 
-    def _output(
-        self, request: EngineRequest, part: list[int], *, first: bool, last: bool, ends: bool
-    ) -> RequestOutput:
+    def _output(self, request: EngineRequest, part: list[int], *, first: bool, last: bool, ends: bool) -> RequestOutput:
         count = request.sampling.logprobs
         logprobs = None
         if count is not None:
-            logprobs = [TokenLogprob(-0.5, [(token, -0.5 - i) for i, token in enumerate(range(65, 65 + count))]) for _ in part]
+            logprobs = [
+                TokenLogprob(-0.5, [(token, -0.5 - i) for i, token in enumerate(range(65, 65 + count))]) for _ in part
+            ]
         return RequestOutput(
             request.request_id,
             token_ids=part,
@@ -205,8 +205,8 @@ class FakeEngine:
 def model_info(**changes: object) -> ModelInfo:
     info = ModelInfo(
         name=MODEL, model_type="llama", dtype=Dtype.F32, device="cpu", exact=False, parameters=1, vocab_size=259,
-        max_model_len=4096, weights=bytes(range(32)), layers=1, kv_heads=1, head_dim=2, block_tokens=16, block_bytes=256,
-        blocks=100, codec=next(iter(Codec)), eos_token_ids=[EOS],
+        max_model_len=4096, weights=bytes(range(32)), layers=1, kv_heads=1, head_dim=2, block_tokens=16,
+        block_bytes=256, blocks=100, codec=next(iter(Codec)), eos_token_ids=[EOS],
     )  # fmt: skip
     return ModelInfo(**{**{name: getattr(info, name) for name in info.__struct_fields__}, **changes})
 

@@ -64,6 +64,7 @@ class EngineProcess:
         self._stats = EngineStats()
         self._streams: dict[RequestId, asyncio.Queue[RequestOutput | IsthmusError]] = {}
         self._failure: IsthmusError | None = None
+        self._failed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._reader: asyncio.StreamReader | None = None
@@ -101,6 +102,11 @@ class EngineProcess:
         except TimeoutError as error:
             raise EngineFailed(f"the engine was not ready within {START_TIMEOUT_S:.0f} s") from error
         self._task = asyncio.create_task(self._pump(frames), name="engine-reader")
+
+    async def failed(self) -> IsthmusError:
+        """Wait until the engine has ended; why."""
+        await self._failed.wait()
+        return self._failure or EngineFailed("the engine ended")
 
     @property
     def pid(self) -> int:
@@ -222,5 +228,6 @@ class EngineProcess:
         """From now on everything fails with `failure` (the first one counts)."""
         if self._failure is None:
             self._failure = failure
+            self._failed.set()
             for queue in self._streams.values():
                 queue.put_nowait(failure)

@@ -1,0 +1,198 @@
+"""The composition root: the only file that knows every plane. It builds, connects, runs and ends a server.
+
+Order of the start: the engine process is spawned first (importing torch takes longest), prompting helpers and journal
+start meanwhile; the port is bound when everything is ready. Order of the end: the edge drains (what was accepted is
+answered), then lineage is written, then journal, helpers and engine are closed.
+"""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import uvloop
+
+from isthmus.config import Settings
+from isthmus.contracts.clock import Clock, SystemClock, SystemEntropy
+from isthmus.contracts.errors import ModelInvalid
+from isthmus.contracts.events import ModelInfo
+from isthmus.contracts.journal import LineageFact
+from isthmus.contracts.ports import Lineage
+from isthmus.execution.inference.client import EngineProcess
+from isthmus.execution.inference.settings import EngineSettings, SchedulerSettings
+from isthmus.execution.prompting.pool import PoolSettings
+from isthmus.execution.prompting.service import FolderPrompting, PromptingSettings, open_prompting
+from isthmus.gateway.server import Gateway
+from isthmus.gateway.service import GatewayDeps
+from isthmus.gateway.settings import GatewaySettings
+from isthmus.observability.lineage import LineageRecorder, LineageSettings
+from isthmus.observability.logs import JsonRequestLog
+from isthmus.observability.metrics import PrometheusMetrics
+from isthmus.state.journal.sqlite import JournalSettings, open_journal
+from isthmus.trust.namespace import DEFAULT_TENANT, derive_namespace, load_secret
+
+
+class ServeUi(Protocol):
+    """What a person who started a server is told."""
+
+    def on_progress(self, stage: str, fraction: float) -> None:
+        """Loading: what is being done and how far it is (0 to 1)."""
+        ...
+
+    def on_ready(self, url: str, info: ModelInfo) -> None:
+        """Requests are taken at `url`."""
+        ...
+
+    def on_stopping(self) -> None:
+        """The server drains: accepted requests finish, nothing new is taken."""
+        ...
+
+
+class NoLineage:
+    """Implements `ports.Lineage` when the journal is switched off by its setting."""
+
+    def record(self, fact: LineageFact) -> None:
+        """Keep nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server."""
+
+    gateway: Gateway
+    engine: EngineProcess
+    url: str
+
+
+def run(settings: Settings, ui: ServeUi) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises what the start raises, or `EngineFailed` when the engine
+    ends.
+    """
+    uvloop.run(_run(settings, ui))
+
+
+async def _run(settings: Settings, ui: ServeUi) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with open_server(settings, ui) as server:
+        ui.on_ready(server.url, server.engine.info)
+        stopped = asyncio.create_task(stop.wait())
+        failed = asyncio.create_task(server.engine.failed())
+        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+        ui.on_stopping()
+        await server.gateway.drain(settings.drain_s)
+        stopped.cancel()
+        if failed.done():
+            raise failed.result()
+        failed.cancel()
+
+
+@asynccontextmanager
+async def open_server(settings: Settings, ui: ServeUi) -> AsyncIterator[Server]:
+    """A server on the running loop, closed at the end of the context (drain it first to lose nothing)."""
+    clock, entropy = SystemClock(), SystemEntropy()
+    async with contextlib.AsyncExitStack() as stack:
+        engine = EngineProcess.spawn(engine_settings(settings))
+        stack.push_async_callback(engine.close)
+        prompting = open_prompting(settings.model_folder, prompting_settings(settings), clock)
+        stack.push_async_callback(prompting.close)
+        secret = load_secret(settings.secret_path, entropy)
+        lineage = await _open_lineage(settings, clock, stack)
+        await _all_ready(engine, prompting, ui)
+        if prompting.vocab_size > engine.info.vocab_size:
+            ids, rows = prompting.vocab_size, engine.info.vocab_size
+            raise ModelInvalid(f"tokenizer.json has {ids} token ids, the model only {rows}")
+        metrics = PrometheusMetrics(engine.info.name)
+        log = JsonRequestLog(sys.stderr.buffer, dropped=metrics.log_dropped)
+        stack.callback(log.close)
+        namespace = derive_namespace(secret, DEFAULT_TENANT)
+        deps = GatewayDeps(engine, prompting, lineage, metrics, log, clock, entropy, namespace)
+        gateway = Gateway(deps, gateway_settings(settings))
+        stack.push_async_callback(gateway.close)
+        host, port = await gateway.start()
+        shown = f"[{host}]" if ":" in host else host
+        yield Server(gateway, engine, f"http://{shown}:{port}")
+
+
+async def _all_ready(engine: EngineProcess, prompting: FolderPrompting, ui: ServeUi) -> None:
+    """Wait for both; the first failure ends the start."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(engine.ready(ui.on_progress))
+            group.create_task(prompting.start())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _open_lineage(settings: Settings, clock: Clock, stack: contextlib.AsyncExitStack) -> Lineage:
+    if not settings.journal:
+        return NoLineage()
+    journal = await open_journal(settings.journal_path, JournalSettings(max_bytes=settings.journal_max), clock)
+    stack.push_async_callback(journal.close)
+    recorder = LineageRecorder(journal, LineageSettings(), clock)
+    recorder.start()
+    stack.push_async_callback(recorder.close)
+    return recorder
+
+
+def engine_settings(settings: Settings) -> EngineSettings:
+    """The engine's share of the settings."""
+    scheduler = SchedulerSettings(
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        ageing_s=settings.ageing_s,
+        draft_tokens=settings.speculate,
+    )
+    return EngineSettings(
+        model=str(settings.model_folder),
+        name=settings.served_name,
+        dtype=settings.dtype,
+        device=settings.device,
+        exact=settings.exact,
+        block_tokens=settings.block_tokens,
+        kv_bytes=settings.kv_memory,
+        max_model_len=settings.max_model_len,
+        threads=settings.threads,
+        scheduler=scheduler,
+    )
+
+
+def prompting_settings(settings: Settings) -> PromptingSettings:
+    """The prompting plane's share of the settings."""
+    pool = PoolSettings(
+        helpers=settings.prompt_helpers,
+        max_waiting=settings.prompt_waiting,
+        deadline_s=settings.prompt_deadline_s,
+        helper_memory_bytes=settings.prompt_memory,
+    )
+    return PromptingSettings(pool, settings.max_prompt)
+
+
+def gateway_settings(settings: Settings) -> GatewaySettings:
+    """The edge's share of the settings."""
+    return GatewaySettings(
+        host=settings.host,
+        port=settings.port,
+        allowed_hosts=settings.allowed_hosts,
+        max_connections=settings.max_connections,
+        max_in_flight=settings.max_in_flight,
+        max_body_bytes=settings.max_body,
+        max_buffered_bytes=settings.max_buffered,
+        header_timeout_s=settings.header_timeout_s,
+        body_timeout_s=settings.body_timeout_s,
+        idle_timeout_s=settings.idle_timeout_s,
+        write_timeout_s=settings.write_timeout_s,
+        max_sequences=settings.max_sequences,
+        default_max_tokens=settings.default_max_tokens,
+        default_deadline_s=settings.default_deadline_s or None,
+        max_deadline_s=settings.max_deadline_s,
+    )
+
+

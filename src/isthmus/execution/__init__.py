@@ -1,0 +1,1 @@
+"""The execution plane: runs models and turns text into tokens and back."""

@@ -1,0 +1,113 @@
+"""The prompting plane's front: implements `ports.Prompting` for a Hugging Face model folder.
+
+Text to tokens goes through the helper processes (`pool`); tokens to text is a table lookup here (`vocabulary`),
+because it is cheap, exact and needed for every token. Never imports torch, nor the tokenizers library.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isthmus.contracts.clock import Clock
+from isthmus.contracts.errors import InvalidInput, TooLarge, Unsupported
+from isthmus.contracts.prompting import MAX_MESSAGES, MAX_TEXT_BYTES, ChatMessage
+from isthmus.contracts.sampling import TextParams
+from isthmus.execution.prompting.assembler import Assembler, Detokenizer
+from isthmus.execution.prompting.folder import TextFiles, read_text_files
+from isthmus.execution.prompting.messages import Encode, Render
+from isthmus.execution.prompting.pool import HelperPool, PoolSettings, PoolStats, text_bytes
+from isthmus.execution.prompting.vocabulary import Vocabulary
+
+_DECODE_CHUNK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PromptingSettings:
+    """Limits of the plane. `max_text_bytes` is of one request, in UTF-8."""
+
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    max_text_bytes: int = MAX_TEXT_BYTES
+    max_messages: int = MAX_MESSAGES
+
+
+class FolderPrompting:
+    """Implements `ports.Prompting`. `await start()` first; it takes as long as loading the tokenizer."""
+
+    def __init__(self, files: TextFiles, settings: PromptingSettings, clock: Clock) -> None:
+        self._files = files
+        self._settings = settings
+        self._clock = clock
+        self._vocabulary = Vocabulary.from_json(files.tokenizer, str(files.folder / "tokenizer.json"))
+        self._pool = HelperPool(settings.pool, files.tokenizer, files.template, files.specials)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._files.template is not None
+
+    @property
+    def vocab_size(self) -> int:
+        """One past the highest token id of the tokenizer (the model may have more rows)."""
+        return self._vocabulary.size
+
+    @property
+    def stats(self) -> PoolStats:
+        """Counters of the helper processes."""
+        return self._pool.stats
+
+    async def start(self) -> None:
+        """Start the helper processes. Raises `ModelInvalid`."""
+        await self._pool.start()
+
+    async def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+        """See `ports.Prompting`."""
+        if self._files.template is None:
+            raise Unsupported("the model has no chat template: use /v1/completions", "messages")
+        if not 1 <= len(messages) <= self._settings.max_messages:
+            raise InvalidInput(
+                f"messages has {len(messages)} entries, accepted: 1 to {self._settings.max_messages}", "messages"
+            )
+        size = self._check_size(sum(text_bytes(m.content) + text_bytes(m.name or "") for m in messages), "messages")
+        return await self._pool.ask(Render(list(messages), add_generation_prompt, self._clock.wall()), size)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """See `ports.Prompting`."""
+        size = self._check_size(text_bytes(text), "prompt")
+        return await self._pool.ask(Encode(text, add_special_tokens), size)
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """See `ports.Prompting`. Long inputs let other tasks run in between."""
+        if len(token_ids) > self._settings.pool.max_tokens:
+            raise TooLarge(f"tokens has {len(token_ids)} ids, limit {self._settings.pool.max_tokens}", "tokens")
+        detokenizer = Detokenizer(self._vocabulary, skip_special_tokens=skip_special_tokens)
+        parts: list[str] = []
+        for start in range(0, len(token_ids), _DECODE_CHUNK):
+            chunk = token_ids[start : start + _DECODE_CHUNK]
+            self._vocabulary.check(chunk)
+            parts.extend(detokenizer.feed(token_id) for token_id in chunk)
+            await self._clock.sleep(0)
+        parts.append(detokenizer.finish())
+        return "".join(parts)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `ports.Prompting`. Nothing for a row of the model that is no token."""
+        return self._vocabulary.token_bytes(token_id)
+
+    def assembler(self, params: TextParams) -> Assembler:
+        """See `ports.Prompting`."""
+        return Assembler(self._vocabulary, params)
+
+    async def close(self) -> None:
+        """See `ports.Prompting`."""
+        await self._pool.close()
+
+    def _check_size(self, size: int, name: str) -> int:
+        limit = self._settings.max_text_bytes
+        if size > limit:
+            raise TooLarge(f"{name} has {size} bytes, limit {limit}", name)
+        return size
+
+
+def open_prompting(folder: Path, settings: PromptingSettings, clock: Clock) -> FolderPrompting:
+    """Read `folder`; `await start()` on the result before use. Raises `ModelInvalid` naming the file."""
+    return FolderPrompting(read_text_files(folder), settings, clock)

@@ -1,0 +1,148 @@
+"""The helper process: renders chat templates and tokenises, one request at a time, under limits of its own.
+
+Started by the pool as `python -m isthmus.execution.prompting.worker FD MEMORY_BYTES`, FD being an inherited socket.
+It answers every frame with one frame and ends when the socket does. Promise: whatever a template or a text does, this
+process uses at most the CPU time and memory that its limits name, writes no file and leaves no core dump; its parent
+survives it.
+"""
+
+import math
+import os
+import resource
+import socket
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+
+from tokenizers import Tokenizer
+
+from isthmus.contracts.errors import InvalidInput, IsthmusError, ModelInvalid, TooLarge, Unsupported
+from isthmus.contracts.events import ErrorInfo
+from isthmus.contracts.wire import FrameReader, encode_frame
+from isthmus.execution.prompting.messages import (
+    Answer,
+    Encode,
+    Limits,
+    Loaded,
+    Question,
+    Refused,
+    Render,
+    Setup,
+    TokenIds,
+)
+from isthmus.execution.prompting.template import ChatTemplate
+
+_READ_BYTES = 1024 * 1024
+_LOAD_CPU_S = 120
+
+
+class Helper:
+    """What a helper does, apart from its socket. Raises `ModelInvalid` when the set-up cannot be loaded."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._limits = setup.limits
+        try:
+            tokenizer = Tokenizer.from_buffer(setup.tokenizer)
+        except Exception as error:
+            raise ModelInvalid(f"tokenizer.json is not accepted by the tokenizers library: {error}") from error
+        # Both are settings of training that some folders still carry; serving must see every token.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._template = None
+        if setup.template is not None:
+            self._template = ChatTemplate(setup.template, setup.specials, setup.limits.output_chars)
+
+    def answer(self, question: Render | Encode) -> TokenIds:
+        """The token ids asked for. Raises errors of the tree."""
+        if isinstance(question, Render):
+            if self._template is None:
+                raise Unsupported("the model has no chat template: use /v1/completions", "messages")
+            text = self._template.render(
+                question.messages, add_generation_prompt=question.add_generation_prompt, now=question.now
+            )
+            return self._encode(text, add_special_tokens=False)
+        return self._encode(question.text, add_special_tokens=question.add_special_tokens)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except MemoryError as error:
+            raise TooLarge("the text needs too much memory to tokenise", "prompt") from error
+        except Exception as error:
+            raise InvalidInput("the text cannot be tokenised", "prompt") from error
+        if len(ids) > self._limits.tokens:
+            raise TooLarge(f"the prompt has {len(ids)} tokens, limit {self._limits.tokens}", "prompt")
+        return TokenIds(array("I", ids).tobytes())
+
+
+def run(connection: socket.socket, memory_bytes: int) -> None:
+    """Serve `connection` until it ends."""
+    _bound_process(memory_bytes)
+    questions = _questions(connection)
+    setup = next(questions, None)
+    if not isinstance(setup, Setup):
+        return
+    try:
+        helper = Helper(setup)
+    except IsthmusError as error:
+        connection.sendall(encode_frame(_refused(error)))
+        return
+    # From here on a panic of the tokenizer could print prompt text: nobody must read it.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    connection.sendall(encode_frame(Loaded()))
+    for question in questions:
+        if isinstance(question, Setup):
+            return
+        _bound_request(setup.limits)
+        answer: Answer
+        try:
+            answer = helper.answer(question)
+        except IsthmusError as error:
+            answer = _refused(error)
+        connection.sendall(encode_frame(answer))
+
+
+def _questions(connection: socket.socket) -> Iterator[Question]:
+    reader: FrameReader[Question] = FrameReader(Question)
+    while data := connection.recv(_READ_BYTES):
+        yield from reader.feed(data)
+
+
+def _refused(error: IsthmusError) -> Refused:
+    field = error.field if isinstance(error, InvalidInput) else ""
+    return Refused(ErrorInfo(error.code, str(error), field))
+
+
+def _bound_process(memory_bytes: int) -> None:
+    """Limits for the whole life; that of memory is on top of what the interpreter has mapped already."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes, mapped + memory_bytes))
+    _bound_cpu(_LOAD_CPU_S)
+
+
+def _bound_request(limits: Limits) -> None:
+    _bound_cpu(limits.cpu_s)
+
+
+def _bound_cpu(seconds: int) -> None:
+    """End this process (SIGXCPU) when it uses `seconds` more of CPU time, even if no parent is left to do it."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def main(arguments: list[str]) -> int:
+    """`FD MEMORY_BYTES`; 0 when the socket ended in order."""
+    descriptor, memory_bytes = (int(argument) for argument in arguments)
+    with socket.socket(fileno=descriptor) as connection, suppress(ConnectionError):
+        run(connection, memory_bytes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The observability plane: logs, metrics and lineage."""

@@ -1,0 +1,1 @@
+"""The state plane: keeps things."""

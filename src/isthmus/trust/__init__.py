@@ -1,0 +1,1 @@
+"""The trust plane: who may."""
