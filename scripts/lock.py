@@ -1,7 +1,7 @@
 """Write requirements/serve.txt and requirements/dev.txt: every dependency but torch, pinned with hashes.
 
-torch is left out because the hash of its wheel differs between the CPU and the CUDA builds; requirements/torch.txt pins its
-version. The hashes of what it needs besides are here.
+torch is left out because the hash of its wheel differs between the CPU and the CUDA builds; requirements/torch.txt
+pins its version. The hashes of what it needs besides are here.
 """
 
 import subprocess

@@ -8,13 +8,13 @@ Release figure (`make chaos`): 1,000 examples of 50 steps; `make test` runs fewe
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from tests.support.scale import examples
 
 from isthmus.contracts.ids import Namespace
 from isthmus.contracts.keys import BlockKey, PrefixScope, block_key, prefix_chain
 from isthmus.execution.inference.lease import Lease
 from isthmus.execution.inference.pool import BlockPool
 from isthmus.execution.inference.tree import PrefixTree
-from tests.support.scale import examples
 
 SCOPE = PrefixScope(Namespace(b"n" * 32), "m")
 BLOCK = 2

@@ -1,4 +1,4 @@
-"""A Hypothesis state machine for the whole engine core over a 2-token vocabulary, on a runner that checks every block read.
+"""A Hypothesis state machine for the whole engine core over 2 tokens, on a runner that checks every block read.
 
 Promises: every request's output is what it would be alone, whatever arrives, is aborted, preempted, shared or drafted;
 nothing is computed over wrong or stale state (the runner raises); conservation after every call; every request ends
@@ -8,6 +8,9 @@ exactly once; what is left at rest is only cache.
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.support.fake_runner import FakeRunner, fake_info, reference
+from tests.support.requests import make_request
+from tests.support.scale import examples
 
 from isthmus.contracts.clock import ManualClock
 from isthmus.contracts.events import Finish, RequestOutput
@@ -16,9 +19,6 @@ from isthmus.contracts.keys import PrefixScope
 from isthmus.contracts.requests import EngineRequest, Work
 from isthmus.execution.inference.engine import EngineCore
 from isthmus.execution.inference.settings import SchedulerSettings
-from tests.support.fake_runner import FakeRunner, fake_info, reference
-from tests.support.requests import make_request
-from tests.support.scale import examples
 
 SCOPES = [PrefixScope(Namespace(bytes([fill]) * 32), "fake") for fill in (1, 2)]
 

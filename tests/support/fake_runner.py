@@ -1,8 +1,8 @@
 """A runner without a model whose KV memory can be checked.
 
-Each KV slot remembers the token and position written to it. Before computing a slice the fake verifies that the blocks hold
-exactly the sequence's own tokens for every position below the slice: a wrong, stale or unwritten block is an error. The
-next token is a function of all tokens read *through the block table*, so an output also depends on it.
+Each KV slot remembers the token and position written to it. Before computing a slice the fake verifies that the blocks
+hold exactly the sequence's own tokens for every position below the slice: a wrong, stale or unwritten block is an
+error. The next token is a function of all tokens read *through the block table*, so an output also depends on it.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ class WrongState(Exception):
     """A block does not hold what the sequence needs."""
 
 
-def fake_info(blocks: int = 16, block_tokens: int = 4, vocab: int = 2, max_len: int = 64, exact: bool = True) -> ModelInfo:
+def fake_info(
+    blocks: int = 16, block_tokens: int = 4, vocab: int = 2, max_len: int = 64, exact: bool = True
+) -> ModelInfo:
     return ModelInfo(
         name="fake",
         model_type="fake",
@@ -64,7 +66,9 @@ class FakeRunner:
     computed_slots: int = 0
 
     def __post_init__(self) -> None:
-        self.memory: list[list[tuple[int, int] | None]] = [[None] * self.info.block_tokens for _ in range(self.info.blocks)]
+        self.memory: list[list[tuple[int, int] | None]] = [
+            [None] * self.info.block_tokens for _ in range(self.info.blocks)
+        ]
         self.batches: list[Batch] = []
         self.prefilled: list[tuple[tuple[int, ...], str]] = []
 

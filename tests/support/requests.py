@@ -21,6 +21,4 @@ def make_request(
     **sampling: object,
 ) -> EngineRequest:
     params = SamplingParams(max_tokens=max_tokens, seed=seed, **sampling)  # type: ignore[arg-type]
-    return EngineRequest(
-        RequestId(request_id), scope, prompt, params, work, output_ids or [], (), priority, deadline_s
-    )
+    return EngineRequest(RequestId(request_id), scope, prompt, params, work, output_ids or [], (), priority, deadline_s)

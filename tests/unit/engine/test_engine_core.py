@@ -1,6 +1,8 @@
 """The engine core over a fake runner that checks every block it reads."""
 
 import pytest
+from tests.support.fake_runner import FakeRunner, fake_info, reference
+from tests.support.requests import make_request
 
 from isthmus.contracts.clock import ManualClock
 from isthmus.contracts.events import Finish, RequestOutput
@@ -9,8 +11,6 @@ from isthmus.contracts.keys import PrefixScope
 from isthmus.contracts.requests import Work
 from isthmus.execution.inference.engine import EngineCore
 from isthmus.execution.inference.settings import SchedulerSettings
-from tests.support.fake_runner import FakeRunner, fake_info, reference
-from tests.support.requests import make_request
 
 
 class Harness:
@@ -284,7 +284,9 @@ def test_priority_decides_the_order_and_waiting_makes_up_for_it() -> None:
 @pytest.mark.parametrize("during_step", [False, True])
 @pytest.mark.parametrize("state", ["waiting", "blocked", "prefilling", "decoding", "preempted"])
 def test_abort_in_every_state_frees_everything(state: str, during_step: bool) -> None:
-    engine = Harness(blocks=6 if state == "preempted" else 32, max_running=1 if state == "waiting" else 4, max_batch_tokens=4)
+    engine = Harness(
+        blocks=6 if state == "preempted" else 32, max_running=1 if state == "waiting" else 4, max_batch_tokens=4
+    )
     shared = list(range(12))
     if state == "waiting":
         engine.submit("other", [9], max_tokens=6)

@@ -1,0 +1,1 @@
+"""Measurements of Isthmus: each is a command that writes JSON under benchmarks/results."""

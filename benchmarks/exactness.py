@@ -1,0 +1,128 @@
+"""Exactness: does a request give the same whatever runs beside it?
+
+In `exact` mode the BLAKE3 chain over the float32 logits of every sampled position must equal that of the same request
+alone, for greedy and seeded sampling alike. In the default modes tokens may differ only where the reference's two best
+log probabilities lie closer together than epsilon, twice the largest difference of a log probability measured on equal
+prefixes; divergences are counted and written. `python -m benchmarks.exactness --help`.
+"""
+
+import argparse
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from isthmus.execution.inference.runner import open_runner
+from rich.progress import track
+
+from benchmarks.common import Run
+from benchmarks.mixes import Item, Trace, library, random_mix, run_alone, run_mix
+from benchmarks.models import random_folders
+from isthmus.config import Settings
+from isthmus.contracts.events import Finish
+from isthmus.execution.inference.batch import Runner
+from isthmus.execution.inference.settings import EngineSettings
+
+LIBRARY = 300
+LONGEST = 200
+POOL_BLOCKS = 96
+
+
+def open_for(folder: Path, dtype: str, *, exact: bool) -> Runner:
+    """A runner whose small pool makes preemptions likely."""
+    probe = EngineSettings(model=str(folder), name="mix", dtype=dtype, exact=exact, kv_bytes=1 << 24)
+    runner = open_runner(probe, lambda stage, fraction: None)
+    size = runner.info.block_bytes * POOL_BLOCKS
+    runner.close()
+    settings = EngineSettings(model=str(folder), name="mix", dtype=dtype, exact=exact, kv_bytes=max(size, 1 << 16))
+    return open_runner(settings, lambda stage, fraction: None)
+
+
+def compare_exact(runner: Runner, items: list[Item], mixes: int, rng: random.Random) -> dict[str, Any]:
+    """Run mixes in exact mode; every difference is a failure."""
+    references: dict[int, Trace] = {}
+    counts = {"mixes": 0, "requests": 0, "tokens": 0, "aborted": 0, "preemptions": 0, "different": 0}
+    for _ in track(range(mixes), "exact"):
+        mix = random_mix(rng, items)
+        traces, preemptions = run_mix(runner, mix)
+        counts["mixes"] += 1
+        counts["preemptions"] += preemptions
+        for item, trace in zip(mix.items, traces, strict=True):
+            if item.serial not in references:
+                references[item.serial] = run_alone(runner, item)
+            reference = references[item.serial]
+            counts["requests"] += 1
+            counts["tokens"] += len(trace.tokens)
+            aborted = trace.finish is Finish.ABORT
+            counts["aborted"] += aborted
+            same = trace.tokens == reference.tokens[: len(trace.tokens)]
+            if not aborted:
+                same = same and trace.digest == reference.digest and trace.digest is not None
+            counts["different"] += not same
+    return counts
+
+
+def compare_default(runner: Runner, items: list[Item], mixes: int, rng: random.Random) -> dict[str, Any]:
+    """Run mixes in a default mode: measure epsilon on equal prefixes, count divergences and their gaps."""
+    references: dict[int, Trace] = {}
+    largest, tokens, requests = 0.0, 0, 0
+    gaps: list[float] = []
+    sampled = 0
+    for _ in track(range(mixes), "default"):
+        mix = random_mix(rng, items)
+        traces, _ = run_mix(runner, mix)
+        for item, trace in zip(mix.items, traces, strict=True):
+            if item.serial not in references:
+                references[item.serial] = run_alone(runner, item)
+            reference = references[item.serial]
+            requests += 1
+            for index, token in enumerate(trace.tokens):
+                expected = reference.logprobs[index]
+                if token != reference.tokens[index]:
+                    if item.sampling.greedy:
+                        gaps.append(expected.top[0][1] - expected.top[1][1])
+                    else:
+                        sampled += 1
+                    break
+                tokens += 1
+                largest = max(largest, abs(trace.logprobs[index].logprob - expected.logprob))
+    epsilon = 2 * largest
+    return {
+        "mixes": mixes,
+        "requests": requests,
+        "tokens_compared": tokens,
+        "epsilon": epsilon,
+        "divergences_greedy": len(gaps),
+        "divergences_sampled": sampled,
+        "largest_gap_at_divergence": max(gaps, default=0.0),
+        "divergences_over_epsilon": sum(gap > epsilon for gap in gaps),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run and write benchmarks/results/exactness.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mixes", type=int, default=200, help="mixes a model in exact mode (default 200)")
+    parser.add_argument("--default-mixes", type=int, default=20, help="mixes a model in each default mode (default 20)")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    run = Run("exactness", options.seed, {"mixes": options.mixes, "requests_a_mix": 32, "pool_blocks": POOL_BLOCKS})
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {"embedded": Settings().model_folder, **random_folders(Path(scratch))}
+        for name, folder in folders.items():
+            results[name] = {}
+            for mode, dtype, exact in (("exact", "f32", True), ("f32", "f32", False), ("bf16", "bf16", False)):
+                print(f"{name}, {mode}")
+                rng = random.Random(f"{options.seed}/{name}")
+                runner = open_for(folder, dtype, exact=exact)
+                items = library(rng, runner.info.vocab_size, LIBRARY, LONGEST)
+                compare = compare_exact if exact else compare_default
+                results[name][mode] = compare(runner, items, options.mixes if exact else options.default_mixes, rng)
+                runner.close()
+                print(results[name][mode])
+                run.write(results)
+
+
+if __name__ == "__main__":
+    main()
