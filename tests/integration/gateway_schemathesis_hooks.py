@@ -28,7 +28,7 @@ def filter_case(context: Any, case: Any) -> bool:
 
 @schemathesis.hook
 def map_case(context: Any, case: Any) -> Any:
-    """Reach further: valid deadlines are too long to be met (a 504 that was asked for), most valid models are served."""
+    """Reach further: valid deadlines are too long to be met (a 504 that was asked for), most models are served."""
     headers, body = case.headers or {}, case.body
     timeout = str(headers.get("x-request-timeout-ms", ""))
     if timeout.isdigit() and 1 <= int(timeout) < 60_000:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import uvloop
-from tests.integration.gateway_fakes import MODEL, BytePrompting, Site, post, raw, serving, until
+from tests.integration.gateway_fakes import MODEL, BytePrompting, Site, post, raw, serving, small_socket, until
 
 from isthmus.contracts.errors import DeadlineExceeded, TooLarge, Unsupported
 from isthmus.gateway.settings import GatewaySettings
@@ -156,7 +156,6 @@ MALFORMED = [
     (b"GET /h\xc3\xa9alth HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     (b"FETCH /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     (b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
-    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n", 400),
     (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\n{}}", 400),
     (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
     (b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n", 400),
@@ -304,6 +303,42 @@ def test_a_chunked_body_is_read_and_expect_is_answered() -> None:
         assert status_of(await raw(site, refused)) == 415
 
     run(check)
+
+
+def test_an_offer_to_upgrade_is_ignored_and_the_request_answered() -> None:
+    async def check(site: Site) -> None:
+        offer = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"
+        body = b'{"prompt":"hi"}'
+        plain = post("/tokenize", body, *offer, close=False)
+        chunked = plain.replace(b"Content-Length: 15", b"Transfer-Encoding: chunked")
+        chunked = chunked[: -len(body)] + b"f\r\n" + body + b"\r\n0\r\n\r\n"
+        get = b"GET /health HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
+        data = plain + chunked + get + get + plain
+        for size in (len(data), 50, 1):
+            reader, writer = await asyncio.open_connection(site.host, site.port)
+            for start in range(0, len(data), size):
+                writer.write(data[start : start + size])
+                await asyncio.sleep(0)
+            writer.write(GET)
+            answer = await asyncio.wait_for(reader.read(), 20)
+            writer.close()
+            assert [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]] == [200] * 6
+            assert answer.count(b'"count":3') == 3
+
+    run(check)
+
+
+def test_a_small_answer_that_nobody_reads_does_not_keep_its_connection() -> None:
+    async def check(site: Site) -> None:
+        stuck = small_socket(site)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(stuck, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
+        await until(lambda: len(site.kept.records) > 20)
+        await until(lambda: not site.gateway._connections)
+        stuck.close()
+
+    settings = GatewaySettings(write_timeout_s=0.2, idle_timeout_s=0.1, max_pipelined=300, write_buffer_bytes=2**26)
+    run(check, settings=settings)
 
 
 def test_pipelined_requests_are_answered_in_order_and_too_many_are_refused() -> None:

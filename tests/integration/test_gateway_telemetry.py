@@ -62,7 +62,7 @@ def test_no_content_reaches_logs_errors_metrics_or_lineage() -> None:
             post(CHAT, body(), f"x-request-timeout-ms: {CANARY}", *headers),
             post(CHAT, body(), f"traceparent: {CANARY}", *headers),
             post(CHAT, body(), f"content-type: {CANARY}", *headers),
-            f"GET /health HTTP/1.1\r\nHost: {CANARY}\r\n\r\n".encode(),
+            f"GET /health HTTP/1.1\r\nHost: {CANARY}\r\nConnection: close\r\n\r\n".encode(),
             f"GET /health HTTP/1.1\r\nHost: localhost\r\nExpect: {CANARY}\r\nConnection: close\r\n\r\n".encode(),
         ]
         for request in refused:
@@ -130,6 +130,8 @@ def test_metrics_use_vllms_names_and_count_once() -> None:
         await raw(site, post("/v1/completions", b'{"prompt":"hi","seed":5,"max_tokens":4}'))
         await raw(site, post("/v1/completions", b'{"prompt":"hi","stream":true,"seed":5}'))
         await raw(site, post("/v1/completions", b'{"prompt":1}'))
+        await raw(site, post("/v1/completions", b'{"prompt":"hi","user":"me","store":null}', "x-request-timeout-ms: 0"))
+        await raw(site, post("/v1/completions", b'{"prompt":"hi","user":"me","store":false,"model":"other"}'))
         answer = (await raw(site, b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")).decode()
         assert "content-type: text/plain; version=0.0.4; charset=utf-8\r\n" in answer
         label = f'{{model_name="{MODEL}"}}'
@@ -149,7 +151,9 @@ def test_metrics_use_vllms_names_and_count_once() -> None:
             f"vllm:inter_token_latency_seconds_count{label} {output - 2}.0",
             f"vllm:e2e_request_latency_seconds_count{label} 2.0",
             f"vllm:request_queue_time_seconds_count{label} 2.0",
-            'isthmus_http_requests_total{route="/v1/completions",status="400"} 1.0',
+            'isthmus_http_requests_total{route="/v1/completions",status="400"} 2.0',
+            'isthmus_http_requests_total{route="/v1/completions",status="404"} 1.0',
+            'isthmus_edge_total{what="ignored_field"} 2.0',
             'isthmus_edge_total{what="abort_disconnect"} 0.0',
             "isthmus_requests_in_flight 0.0",
         ):

@@ -36,6 +36,7 @@ def chat_messages(messages: list[Message]) -> list[ChatMessage]:
 async def chat_completions(service: Service, call: Call) -> None:
     """Answer a chat completion."""
     body = decode_json(call.exchange.request, ChatRequest, service.settings)
+    service.count_ignored(body)
     service.planner.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise HttpError(400, "top_logprobs needs logprobs: true", code="invalid_input", param="top_logprobs")

@@ -61,6 +61,7 @@ async def encode_prompts(service: Service, body: CompletionRequest) -> list[Prom
 async def completions(service: Service, call: Call) -> None:
     """Answer a text completion."""
     body = decode_json(call.exchange.request, CompletionRequest, service.settings)
+    service.count_ignored(body)
     service.planner.check_model(body.model)
     if body.echo and body.logprobs is not None:
         message = "logprobs with echo needs prompt logprobs, which are not supported"

@@ -16,8 +16,9 @@ import httptools
 import msgspec
 
 from isthmus.contracts.clock import Clock
+from isthmus.contracts.errors import Draining
 from isthmus.contracts.telemetry import Count
-from isthmus.gateway.errors import UNAVAILABLE, HttpError, internal_error, retry_after
+from isthmus.gateway.errors import UNAVAILABLE, HttpError, internal_error, retry_after, to_http
 from isthmus.gateway.exchange import Exchange
 from isthmus.gateway.message import HttpRequest, body_too_large, malformed
 from isthmus.gateway.outgoing import Outgoing
@@ -89,6 +90,7 @@ class Connection(asyncio.Protocol):
         self._phase = Phase.BUSY
         self._timer: asyncio.TimerHandle | None = None
         self._reserved = 0
+        self._resuming = False
 
     # -- the transport's callbacks
 
@@ -107,12 +109,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        parser = self._parser
-        if parser is None:
+        if self._parser is None:
             return
         try:
-            parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._feed(data)
+        except httptools.HttpParserError as error:
             cause = error.__context__
             if cause is not None and not isinstance(cause, HttpError):
                 raise cause from None
@@ -134,6 +135,8 @@ class Connection(asyncio.Protocol):
         del exc
         self._gone()
         self._out.lost()
+        if self._timer is not None:
+            self._timer.cancel()
         self._site.closed(self)
 
     def pause_writing(self) -> None:
@@ -144,14 +147,40 @@ class Connection(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         self._out.resume()
 
+    def _feed(self, data: bytes) -> None:
+        """Parse `data`. An offer to upgrade is ignored, as RFC 9110 (7.8) lets a server do.
+
+        Clients that prefer HTTP/2 offer h2c with their first request. llhttp stops after the head of such a request, so
+        its body is read by a fresh parser that is told the same framing.
+        """
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            incoming = self._current()
+            incoming.offers_upgrade = False
+            self._parser = httptools.HttpRequestParser(self)
+            if incoming.has_body:
+                length = incoming.declared_length
+                framing = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length
+                self._resuming = True
+                self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
+                self._resuming = False
+            else:
+                self.on_message_complete()
+            self._feed(data[offer.args[0] :])
+
     # -- httptools' callbacks
 
     def on_message_begin(self) -> None:
         """A request line started."""
+        if self._resuming:
+            return
         self._incoming = HttpRequest(self._site.clock.monotonic(), self._site.clock.wall())
 
     def on_url(self, part: bytes) -> None:
         """A piece of the request target."""
+        if self._resuming:
+            return
         incoming = self._current()
         incoming.url += part
         incoming.head_bytes += len(part)
@@ -161,12 +190,16 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header line, or a trailer."""
-        self._current().add_header(name, value, self._settings)
+        if not self._resuming:
+            self._current().add_header(name, value, self._settings)
 
     def on_headers_complete(self) -> None:
         """The head is complete: refuse what can be refused without the body, or ask for the body."""
+        if self._resuming:
+            return
         incoming = self._current()
         incoming.head_complete = True
+        incoming.offers_upgrade = self._parser.should_upgrade()
         incoming.method = self._parser.get_method().decode("ascii")
         incoming.check_head(self._parser.get_http_version(), self._settings)
         incoming.last = not self._parser.should_keep_alive()
@@ -199,6 +232,8 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """The request is complete: answer it when its turn comes."""
         incoming = self._current()
+        if incoming.offers_upgrade:
+            return
         self._incoming = None
         if len(self._queue) > self._settings.max_pipelined:
             self._site.count(Count.REFUSED_PIPELINE)
@@ -219,7 +254,7 @@ class Connection(asyncio.Protocol):
         if self._exchange is not None or not self._queue or self._phase in {Phase.LINGER, Phase.CLOSED}:
             return
         request = self._queue.popleft()
-        self._exchange = Exchange(request, self._out, closing=request.last or self._site.draining)
+        self._exchange = Exchange(request, self._out, closing=request.last or (self._site.draining and not self._queue))
         self._task = self._loop.create_task(self._site.answer(self._exchange))
         self._task.add_done_callback(self._answered)
 
@@ -233,9 +268,7 @@ class Connection(asyncio.Protocol):
             # A defect of ours: the loop's exception handler reports it, the client gets an end rather than a wait.
             self._loop.call_exception_handler({"message": "answer failed", "exception": task.exception(), "task": task})
             if exchange is not None and not exchange.started and not self._out.closing:
-                error = internal_error()
-                exchange.close_after()
-                exchange.put(error.status, msgspec.json.encode(error.body), "application/json")
+                self._last_words(exchange, internal_error())
             self._finish()
             return
         if self._phase is Phase.CLOSED:
@@ -305,13 +338,14 @@ class Connection(asyncio.Protocol):
             Phase.BODY: self._settings.body_timeout_s,
             Phase.IDLE: self._settings.idle_timeout_s,
             Phase.LINGER: self._settings.linger_timeout_s,
+            Phase.CLOSED: self._settings.write_timeout_s,
         }
         if phase in limits:
             self._timer = self._loop.call_later(limits[phase], self._expired, phase)
 
     def _expired(self, phase: Phase) -> None:
         """A phase took too long."""
-        if phase is Phase.LINGER or (self._incoming is None and phase is Phase.HEAD):
+        if phase in {Phase.LINGER, Phase.CLOSED} or (self._incoming is None and phase is Phase.HEAD):
             self._out.abort()
             return
         if phase is Phase.IDLE:
@@ -341,18 +375,32 @@ class Connection(asyncio.Protocol):
         self._enter(Phase.CLOSED)
         self._out.close()
 
+    @staticmethod
+    def _last_words(exchange: Exchange, error: HttpError) -> None:
+        """Answer with `error` at once, outside the task that should have answered."""
+        exchange.close_after()
+        exchange.put(error.status, msgspec.json.encode(error.body), "application/json", error.headers)
+
     def _gone(self) -> None:
         """The client went away: cancel its work, forget its input."""
+        if self._exchange is not None:
+            self._exchange.disconnected = True
+        self._leave()
+
+    def _leave(self) -> None:
+        """Cancel what runs, forget the input."""
         self._enter(Phase.CLOSED)
         self._parser = None
         self._incoming = None
         self._queue.clear()
         self._site.reserve(-self._reserved)
         self._reserved = 0
-        if self._exchange is not None:
-            self._exchange.disconnected = True
         if self._task is not None:
             self._task.cancel()
+
+    def drop(self) -> None:
+        """Cut the connection off without an answer."""
+        self._out.abort()
 
     @property
     def busy(self) -> bool:
@@ -361,13 +409,18 @@ class Connection(asyncio.Protocol):
 
     def last_answer(self) -> None:
         """Tell the client, in the answer under way if its head is not written yet, that this connection ends."""
-        if self._exchange is not None:
+        if self._exchange is not None and not self._queue:
             self._exchange.close_after()
 
     def shut(self, *, now: bool) -> None:
         """Close: `now` cuts off what is running, else only a connection that is not busy is closed."""
         if now:
-            self._gone()
-            self._out.abort()
+            exchange = self._exchange
+            self._leave()
+            if exchange is not None and not exchange.started and not self._out.closing:
+                self._last_words(exchange, to_http(Draining("this server ended before this request was answered")))
+                self._out.close()
+            else:
+                self._out.abort()
         elif not self.busy and self._phase is not Phase.LINGER:
             self._finish()

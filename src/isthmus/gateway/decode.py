@@ -22,8 +22,9 @@ MAX_JSON_STRINGS = 200_000
 """Strings of one body: far over the largest conversation, small enough to scan at once."""
 
 _STRINGS = re.compile(rb'"[^"]*"?')
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[]{}"')
-_PATH = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(\w+)`$")
 _FIELD_NAME = re.compile(r"\w{1,64}")
@@ -73,11 +74,12 @@ def check_depth(body: bytes, limit: int) -> None:
     bare = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_STRUCTURE)
     if bare.count(b'"') > 2 * MAX_JSON_STRINGS:
         raise HttpError(400, f"the JSON body has over {MAX_JSON_STRINGS} strings", code="too_large")
-    brackets = _STRINGS.sub(b"", bare)
-    if brackets.count(b"[") + brackets.count(b"{") <= limit:
+    # One kind of bracket, so that a round takes one level; the parser finds pairs that do not match.
+    brackets = _STRINGS.sub(b"", bare).translate(_ONE_KIND)
+    if brackets.count(b"[") <= limit:
         return
     for _ in range(limit):
-        inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        inner = brackets.replace(b"[]", b"")
         if len(inner) == len(brackets):
             raise HttpError(400, "the body is not valid JSON", code="invalid_json")
         brackets = inner

@@ -2,7 +2,7 @@
 
 httptools (llhttp, strict) refuses bad framing: Content-Length with Transfer-Encoding, duplicates, obs-fold, bare LF,
 control characters. What it lets through and this edge does not take is refused here: versions other than 1.0 and 1.1,
-chunked bodies over HTTP/1.0, a missing or doubled Host, upgrades, header values that are not UTF-8.
+chunked bodies over HTTP/1.0, a missing or doubled Host, tunnels, header values that are not UTF-8.
 """
 
 from dataclasses import dataclass, field
@@ -41,6 +41,7 @@ class HttpRequest:
     raw_bytes: int = 0
     expects_continue: bool = False
     head_complete: bool = False
+    offers_upgrade: bool = False
     error: HttpError | None = None
     last: bool = False
 
@@ -90,10 +91,12 @@ class HttpRequest:
         self.http11 = version == "1.1"
         if not self.http11 and "transfer-encoding" in self.headers:
             raise malformed("HTTP/1.0 has no Transfer-Encoding")
+        if self.headers.get("transfer-encoding", "chunked").lower() != "chunked":
+            raise malformed("the only transfer encoding taken is chunked")
         if self.http11 and "host" not in self.headers:
             raise malformed("HTTP/1.1 needs a Host header")
-        if "upgrade" in self.headers or self.method == "CONNECT":
-            raise malformed("this server does not upgrade or tunnel connections")
+        if self.method == "CONNECT":
+            raise malformed("this server does not tunnel connections")
         expect = self.headers.get("expect")
         if expect is not None and expect.lower() != "100-continue":
             raise HttpError(417, "the only expectation taken is 100-continue", code="expectation_failed")

@@ -107,8 +107,15 @@ def _post(operation: str, summary: str, body: type, content: Json) -> Json:
 
 
 def _streamed(struct: type, chunk: type) -> Json:
-    events = f"Server-sent events: each `data:` is a {chunk.__name__}, an ErrorBody, or `[DONE]`, which is the last."
-    return {**_json(struct), "text/event-stream": {"schema": {"type": "string", "description": events}}}
+    """A JSON answer, or a stream of events. In OpenAPI 3.1 the schema of an event stream describes one event."""
+    data = {
+        "type": "string",
+        "description": f"A {chunk.__name__} or, where it went wrong, an ErrorBody, as JSON; the last is [DONE].",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(chunk), _ref(ErrorBody), {"const": "[DONE]"}]},
+    }
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {**_json(struct), "text/event-stream": {"schema": event}}
 
 
 def _paths() -> Json:

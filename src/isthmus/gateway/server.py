@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from email.utils import formatdate
 
 from isthmus.contracts.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded
 from isthmus.contracts.telemetry import Count
@@ -24,6 +25,9 @@ from isthmus.gateway.routes import Route, check_method, find_route
 from isthmus.gateway.service import GatewayDeps, Service, build_service
 from isthmus.gateway.settings import GatewaySettings
 
+_MAX_REFUSED = 64
+"""Connections over the limit that may be told so at a time; more are cut off without a word."""
+
 
 class Gateway:
     """The HTTP edge of one engine. `start`, then `drain` and `close`, once each, on one event loop."""
@@ -36,6 +40,7 @@ class Gateway:
         self._service: Service | None = None
         self._server: asyncio.Server | None = None
         self._connections: set[Connection] = set()
+        self._refused: set[Connection] = set()
         self._active = 0
         self._in_flight = 0
         self._buffered = 0
@@ -71,7 +76,8 @@ class Gateway:
         except TimeoutError:
             finished = False
         for connection in list(self._connections):
-            connection.shut(now=False)
+            connection.shut(now=not finished)
+        await self._idle.wait()
         return finished
 
     async def close(self) -> None:
@@ -79,7 +85,7 @@ class Gateway:
         self.draining = True
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
+        for connection in [*self._connections, *self._refused]:
             connection.shut(now=True)
         await self._idle.wait()
 
@@ -88,6 +94,9 @@ class Gateway:
     def opened(self, connection: Connection) -> bool:
         """See `Site`."""
         if len(self._connections) >= self.settings.max_connections:
+            self._refused.add(connection)
+            if len(self._refused) > _MAX_REFUSED:
+                connection.drop()
             return False
         self._connections.add(connection)
         self._gauge()
@@ -96,6 +105,7 @@ class Gateway:
     def closed(self, connection: Connection) -> None:
         """See `Site`."""
         self._connections.discard(connection)
+        self._refused.discard(connection)
         self._gauge()
 
     def reserve(self, count: int) -> bool:
@@ -125,6 +135,7 @@ class Gateway:
         request = exchange.request
         route = find_route(request.path)
         call = new_call(exchange, route.id_prefix if route is not None else "req", self._deps.entropy)
+        exchange.headers.append(("date", formatdate(self.clock.wall(), usegmt=True)))
         call.route = route.pattern if route is not None else "unmatched"
         self._busy(1)
         finished = False
@@ -134,7 +145,9 @@ class Gateway:
         except Disconnected:
             exchange.disconnected = True
         except asyncio.CancelledError:
-            exchange.disconnected = True
+            # Either the client went away, or this server ended before it could answer.
+            call.error = "disconnected" if exchange.disconnected else Draining.code
+            finished = True
             raise
         finally:
             self._busy(-1)
@@ -143,7 +156,7 @@ class Gateway:
     def _end(self, call: Call, finished: bool) -> None:
         """Tell the log and the metrics how a request ended."""
         exchange = call.exchange
-        status = exchange.status or 500
+        status = exchange.status or (503 if call.error == Draining.code else 500)
         if exchange.disconnected:
             status = CLIENT_CLOSED_STATUS
         elif not finished:

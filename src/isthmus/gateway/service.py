@@ -7,8 +7,9 @@ from isthmus.contracts.clock import Clock, Entropy
 from isthmus.contracts.events import ModelInfo
 from isthmus.contracts.ids import Namespace
 from isthmus.contracts.ports import Engine, Lineage, Prompting
-from isthmus.contracts.telemetry import Metrics, RequestLog
+from isthmus.contracts.telemetry import Count, Metrics, RequestLog
 from isthmus.gateway.plan import Planner
+from isthmus.gateway.schema_requests import IGNORED_FIELDS, SamplingFields
 from isthmus.gateway.sequence import SequenceRunner
 from isthmus.gateway.settings import GatewaySettings
 
@@ -39,6 +40,12 @@ class Service:
     fingerprint: str
     started_wall: float
     draining: Callable[[], bool]
+
+    def count_ignored(self, body: SamplingFields) -> None:
+        """Count each field that was sent and changes nothing (see `schema_requests`)."""
+        for name in IGNORED_FIELDS:
+            if getattr(body, name, None) is not None:
+                self.deps.metrics.count(Count.IGNORED_FIELD)
 
     @property
     def engine(self) -> Engine:

@@ -4,7 +4,7 @@ Names are vLLM's (`vllm:`) where the meaning is the same, so that its dashboards
 Counters that the engine keeps itself are read from its snapshot at scrape time, so that they count each thing once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -68,7 +68,7 @@ class _EngineCollector(Collector):
 
 
 class PrometheusMetrics:
-    """See `contracts.telemetry.Metrics`. `log_drops` is asked at scrape time for the lines the log had to drop."""
+    """See `contracts.telemetry.Metrics`."""
 
     def __init__(self, model: str) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -156,10 +156,3 @@ class PrometheusMetrics:
         del info
         self._engine.stats = stats
         return generate_latest(self._registry)
-
-
-def families(text: bytes) -> Iterator[str]:
-    """The names of the metric families in a rendering."""
-    for line in text.decode("utf-8").splitlines():
-        if line.startswith("# TYPE "):
-            yield line.split(" ")[2]
