@@ -8,7 +8,6 @@ over one never seen. `python -m benchmarks.serving --help`.
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import statistics
@@ -18,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, Run
@@ -43,20 +43,24 @@ def server(*flags: str) -> Iterator[tuple[int, int]]:
     """A server of the embedded model; its port and process id."""
     with tempfile.TemporaryDirectory() as state:
         command = [sys.executable, "-m", "isthmus.cli.main", "serve", "--port", "0", "--state-dir", state, *flags]
-        with open(os.path.join(state, "log"), "wb") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
+        log = Path(state) / "log"
+        with log.open("wb") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT)
         try:
-            assert process.stdout is not None
-            for raw in process.stdout:
-                found = re.search(rb"http://127\.0\.0\.1:(\d+)", raw)
-                if found:
-                    yield int(found[1]), process.pid
-                    break
-            else:
-                raise RuntimeError("the server did not start")
+            yield _port(process, log), process.pid
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(60)
+
+
+def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
+    """The port, once the server is ready."""
+    while process.poll() is None:
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
+        if found:
+            return int(found[1])
+        time.sleep(0.005)
+    raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
 
 
 async def post(port: int, path: str, body: dict[str, Any]) -> tuple[list[tuple[float, bytes]], float]:

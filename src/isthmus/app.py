@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvloop
 
@@ -47,8 +47,8 @@ class ServeUi(Protocol):
         """Requests are taken at `url`."""
         ...
 
-    def on_stopping(self) -> None:
-        """The server drains: accepted requests finish, nothing new is taken."""
+    def on_stopping(self, accepted: int) -> None:
+        """The server drains: the `accepted` requests being answered finish, nothing new is taken."""
         ...
 
 
@@ -68,29 +68,52 @@ class Server:
     url: str
 
 
-def run(settings: Settings, ui: ServeUi) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises what the start raises, or `EngineFailed` when the engine
-    ends.
+def serve(settings: Settings, ui: ServeUi) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+
+    Raises what the start raises, and `EngineFailed` when the engine ends by itself.
     """
-    uvloop.run(_run(settings, ui))
+    uvloop.run(_serve(settings, ui))
 
 
-async def _run(settings: Settings, ui: ServeUi) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+class Signals:
+    """What the process was told: the first SIGTERM or SIGINT asks for a drain, the second for the end."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        self.end = asyncio.Event()
+
+    def listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take over both signals."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.take)
+
+    def take(self) -> None:
+        """One more signal."""
+        (self.end if self.drain.is_set() else self.drain).set()
+
+
+async def _serve(settings: Settings, ui: ServeUi) -> None:
     async with open_server(settings, ui) as server:
+        signals = Signals()
+        signals.listen(asyncio.get_running_loop())
         ui.on_ready(server.url, server.engine.info)
-        stopped = asyncio.create_task(stop.wait())
-        failed = asyncio.create_task(server.engine.failed())
-        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
-        ui.on_stopping()
-        await server.gateway.drain(settings.drain_s)
-        stopped.cancel()
-        if failed.done():
-            raise failed.result()
-        failed.cancel()
+        await _first(signals.drain.wait(), server.engine.failed())
+        ui.on_stopping(server.gateway.active)
+        await _first(signals.end.wait(), server.gateway.drain(settings.drain_s))
+        if server.engine.failure is not None:
+            raise server.engine.failure
+
+
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait for the first of `waits`; end the others."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -194,5 +217,3 @@ def gateway_settings(settings: Settings) -> GatewaySettings:
         default_deadline_s=settings.default_deadline_s or None,
         max_deadline_s=settings.max_deadline_s,
     )
-
-

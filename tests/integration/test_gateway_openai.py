@@ -101,6 +101,7 @@ def test_a_stop_string_ends_the_text_and_the_work() -> None:
         answer = await client.chat.completions.create(model=MODEL, messages=USER, seed=7, stop=["says"])
         assert answer.choices[0].message.content == "seed 7 "
         assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens == len("seed 7 says")
         assert site.engine.aborted == [answer.id]
         assert site.engine.closed == [answer.id]
         assert site.counted("abort_stop_string") == 1
@@ -241,6 +242,26 @@ def test_an_overloaded_engine_is_a_503_with_retry_after_also_for_a_stream() -> N
 
     for failure in (raised, sent):
         with_client(check, engine=FakeEngine(model_info(), failure=failure))
+
+
+def test_a_refused_choice_ends_its_siblings() -> None:
+    async def check(client: openai.AsyncOpenAI, site: Site) -> None:
+        site.engine.gate = asyncio.Semaphore(0)
+        for stream in (False, True):
+            with pytest.raises(openai.InternalServerError):
+                await client.chat.completions.create(model=MODEL, messages=USER, n=3, stream=stream)
+        first, second, third = (request.request_id for request in site.engine.submitted[:3])
+        await until(lambda: len(site.kept.facts) == 6)
+        assert {(f.request_id, f.outcome, f.status) for f in site.kept.facts[:3]} == {
+            (first, "cancelled", 503), (second, "rejected", 503), (third, "cancelled", 503),
+        }  # fmt: skip
+        assert {first, third} <= set(site.engine.aborted)
+        assert sorted(site.engine.closed) == sorted(request.request_id for request in site.engine.submitted)
+
+    def refuse_second(request: EngineRequest) -> Exception | None:
+        return Overloaded("the queue is full") if request.request_id.endswith("-1") else None
+
+    with_client(check, engine=FakeEngine(model_info(), failure=refuse_second))
 
 
 def test_a_failure_within_a_stream_is_its_last_event() -> None:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 
 ENDS_WITHIN_S = 60
+READY_WITHIN_S = 120
 
 
 @dataclass
@@ -46,19 +48,21 @@ def serve(state: Path, *flags: str) -> Iterator[Served]:
     state.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "isthmus.cli.main", "serve", "--port", "0", "--state-dir", str(state), *flags]
     with (state / "stderr").open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            found = re.search(rb"http://127\.0\.0\.1:\d+", line)
-            if found:
-                yield Served(found[0].decode(), state, process)
-                break
-        else:
-            raise AssertionError(f"the server ended: {(state / 'stderr').read_text()[-2000:]}")
+        yield Served(_address(process, state / "stderr"), state, process)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(ENDS_WITHIN_S)
-        if process.stdout is not None:
-            process.stdout.close()
+
+
+def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Where the server says it is, once it says so."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    while process.poll() is None and time.monotonic() < deadline:
+        found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+        if found:
+            return found[0]
+        time.sleep(0.02)
+    raise AssertionError(f"the server did not start: {log.read_text()[-2000:]}")

@@ -29,7 +29,7 @@ ROUTING_BLOCK_TOKENS = 64
 
 
 class MediaRef(msgspec.Struct, frozen=True):
-    """A piece of non-text input: the 32-byte hash of its content, at the position of the first token that stands for it."""
+    """A piece of non-text input: the 32-byte hash of its content, at the position of its first token."""
 
     position: int
     hash: bytes

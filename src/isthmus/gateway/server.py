@@ -89,6 +89,11 @@ class Gateway:
             connection.shut(now=True)
         await self._idle.wait()
 
+    @property
+    def active(self) -> int:
+        """Requests being answered."""
+        return self._active
+
     # -- what a connection asks (see `connection.Site`)
 
     def opened(self, connection: Connection) -> bool:

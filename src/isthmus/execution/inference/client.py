@@ -109,6 +109,11 @@ class EngineProcess:
         return self._failure or EngineFailed("the engine ended")
 
     @property
+    def failure(self) -> IsthmusError | None:
+        """Why the engine ended; None while it runs."""
+        return self._failure
+
+    @property
     def pid(self) -> int:
         """The engine's process id."""
         return self._process.pid

@@ -57,7 +57,8 @@ class PrefixTree:
     def insert(self, key: BlockKey, parent: BlockKey | None, block: int) -> int:
         """Name the leased `block` by `key`; its parent is present. Returns the block that carries the key: another one
         when the key was present already, and then the caller shares that one (`Lease.share`), so that leases cover
-        prefixes."""
+        prefixes.
+        """
         present = self._nodes.get(key)
         if present is not None:
             return present.block

@@ -1,0 +1,1 @@
+"""Attention over blocks behind one seam."""

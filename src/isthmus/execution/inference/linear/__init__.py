@@ -1,0 +1,1 @@
+"""Linear layers behind one seam."""

@@ -1,0 +1,1 @@
+"""Model families: each file says which tensors a family has; the decoder is shared."""

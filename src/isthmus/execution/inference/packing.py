@@ -1,0 +1,93 @@
+"""From a `Batch` to flat tensors: one row a token, padded to the kernels' row tile, and the rows to sample from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from isthmus.contracts.errors import EngineFailed
+from isthmus.execution.inference.attention.base import Span
+from isthmus.execution.inference.batch import Batch, SequenceSlice
+from isthmus.execution.inference.kv_memory import KvMemory
+from isthmus.execution.inference.models.decoder import Decoder, StepTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A step ready to run. `picked` are the packed rows whose final state is wanted.
+
+    `sampled[i]` and `hidden[i]` say where slice i's rows are in `picked`.
+    """
+
+    step: StepTensors
+    picked: np.ndarray
+    sampled: Sequence[range]
+    hidden: Sequence[int | None]
+
+
+def pack(batch: Batch, decoder: Decoder, memory: KvMemory) -> Packed:
+    """Lay the slices out one after the other. Raises `EngineFailed` on a slice that breaks the contract."""
+    spans: list[Span] = []
+    first = 0
+    for part in batch.slices:
+        _check(part, decoder, memory)
+        spans.append(Span(first, len(part.token_ids), part.start, _rows(part, memory)))
+        first += len(part.token_ids)
+    tile = decoder.kernels.row_tile
+    padded = -(-first // tile) * tile
+    tokens = np.zeros(padded, np.int64)
+    positions = np.zeros(padded, np.int64)
+    for span, part in zip(spans, batch.slices, strict=True):
+        tokens[span.first : span.first + span.count] = part.token_ids
+        positions[span.first : span.first + span.count] = np.arange(span.start, span.end)
+    if tokens.min() < 0 or tokens.max() >= decoder.config.vocab_size:
+        raise EngineFailed("a token id is outside the vocabulary")
+    write = np.concatenate([span.rows[span.start :] for span in spans])
+    device = memory.rows.device
+    index = torch.from_numpy(positions).to(device)
+    step = StepTensors(
+        tokens=torch.from_numpy(tokens).to(device),
+        cos=decoder.cos.index_select(0, index),
+        sin=decoder.sin.index_select(0, index),
+        write=torch.from_numpy(np.stack((write, write + memory.value_offset))).to(device),
+        real_rows=first,
+        attention=decoder.kernels.attention.plan(spans, memory, decoder.config.heads),
+    )
+    return Packed(step, *_wanted(batch, spans))
+
+
+def _wanted(batch: Batch, spans: Sequence[Span]) -> tuple[np.ndarray, list[range], list[int | None]]:
+    """Rows whose final state is needed, and where each slice finds its own."""
+    picked: list[int] = []
+    sampled: list[range] = []
+    hidden: list[int | None] = []
+    for span, part in zip(spans, batch.slices, strict=True):
+        last = span.first + span.count - 1
+        count = 0 if part.sample is None else part.drafts + 1
+        sampled.append(range(len(picked), len(picked) + count))
+        picked.extend(range(last - count + 1, last + 1))
+        hidden.append(None if not part.hidden else len(picked) - 1 if count else len(picked))
+        if part.hidden and not count:
+            picked.append(last)
+    return np.array(picked, np.int64), sampled, hidden
+
+
+def _rows(part: SequenceSlice, memory: KvMemory) -> np.ndarray:
+    """The K row in layer 0 of each position [0, end)."""
+    size = memory.block_tokens
+    blocks = np.asarray(part.blocks[: -(-part.end // size)], np.int64)
+    rows = blocks[:, None] * memory.block_rows + np.arange(size)
+    return rows.reshape(-1)[: part.end]
+
+
+def _check(part: SequenceSlice, decoder: Decoder, memory: KvMemory) -> None:
+    """The scheduler's side of the contract; a breach must not read or write memory of another request."""
+    count = len(part.token_ids)
+    covered = -(-part.end // memory.block_tokens)
+    if count < 1 or part.start < 0 or part.end > decoder.cos.shape[0] or len(part.blocks) < covered:
+        raise EngineFailed(f"{part.request_id}: a slice of {count} tokens at {part.start} does not fit")
+    if min(part.blocks[:covered]) < 0 or max(part.blocks[:covered]) >= memory.blocks:
+        raise EngineFailed(f"{part.request_id}: a block id is outside the pool")
+    if not 0 <= part.drafts < count or (part.drafts and part.sample is None):
+        raise EngineFailed(f"{part.request_id}: {part.drafts} drafts in a slice of {count} tokens")

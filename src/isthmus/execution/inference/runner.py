@@ -1,0 +1,221 @@
+"""The model runner: weights and KV memory on a device, and one worker thread that runs steps.
+
+`execute` hands the step to the worker and returns; torch releases the interpreter lock inside its operators, so the
+next step can be scheduled meanwhile. A step that raises fails its handle with `EngineFailed`, naming no content.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from isthmus.contracts.errors import ConfigInvalid, EngineFailed, IsthmusError
+from isthmus.contracts.events import ModelInfo
+from isthmus.contracts.layout import BlockFormat, Codec, Dtype
+from isthmus.execution.inference.attention.gathered import GatheredAttention
+from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
+from isthmus.execution.inference.exact import exact_kernels, prove_exact
+from isthmus.execution.inference.kv_memory import KvMemory
+from isthmus.execution.inference.linear.dense import dense_linear
+from isthmus.execution.inference.model_config import ModelConfig, load_config
+from isthmus.execution.inference.models.decoder import Decoder, Kernels, rms_norm, swiglu
+from isthmus.execution.inference.models.families import tensor_layout
+from isthmus.execution.inference.packing import pack
+from isthmus.execution.inference.sampler.sampler import Sampler
+from isthmus.execution.inference.settings import EngineSettings
+from isthmus.execution.inference.weights import load_weights
+
+TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+STORED_DTYPES = {torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16}
+MAX_BLOCKS = 1 << 22
+
+Progress = Callable[[str, float], None]
+
+
+class _Step:
+    """See `StepHandle`."""
+
+    def __init__(self, future: "Future[StepResult]") -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self._future.done()
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises `EngineFailed`."""
+        try:
+            return self._future.result()
+        except IsthmusError:
+            raise
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            # Messages of tensor operators hold shapes, not content.
+            raise EngineFailed(f"the step failed: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+class TorchRunner:
+    """`Runner` in PyTorch. At most one step is under way; blocks are read and written between steps."""
+
+    def __init__(self, decoder: Decoder, memory: KvMemory, info: ModelInfo) -> None:
+        self._decoder = decoder
+        self._memory = memory
+        self._info = info
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="isthmus-step")
+        self.sampler = Sampler()
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served."""
+        return self._info
+
+    def execute(self, batch: Batch) -> StepHandle:
+        """Start a step and return at once."""
+        return _Step(self._worker.submit(self._run, batch))
+
+    def read_block(self, block: int) -> bytes:
+        """See `Runner`. After the steps handed in before it."""
+        return self._worker.submit(self._memory.read_block, block).result()
+
+    def write_block(self, block: int, record: bytes) -> None:
+        """See `Runner`. After the steps handed in before it."""
+        self._worker.submit(self._memory.write_block, block, record).result()
+
+    def close(self) -> None:
+        """Wait for the step under way and end the worker."""
+        self._worker.shutdown(wait=True)
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> StepResult:
+        packed = pack(batch, self._decoder, self._memory)
+        hidden = self._decoder.forward(packed.step, self._memory)
+        if not packed.picked.size:
+            return StepResult([SliceResult() for _ in batch.slices])
+        index = torch.from_numpy(packed.picked).to(hidden.device)
+        count, tile = index.numel(), self._decoder.kernels.row_tile
+        rows = hidden.index_select(0, index)
+        if count % tile:
+            rows = torch.cat((rows, rows.new_zeros(tile - count % tile, rows.shape[1])))
+        final = self._decoder.finish(rows)
+        if all(part.sample is None for part in batch.slices):
+            results = [SliceResult() for _ in batch.slices]
+        else:
+            logits = self._decoder.head(final)[:count].float()
+            results = self.sampler.sample(logits, batch.slices, packed.sampled)
+        for place, (result, row) in enumerate(zip(results, packed.hidden, strict=True)):
+            if row is not None:
+                state = final[row].float().cpu().numpy().astype("<f4").tobytes()
+                results[place] = SliceResult(
+                    result.token_ids, result.accepted_drafts, result.logprobs, state, result.digests
+                )
+        return StepResult(results)
+
+
+def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
+    """Load the model and make its runner. `progress` is told stages with fractions from 0 to 1.
+
+    Raises `ModelInvalid` for a bad folder, `ConfigInvalid` for settings that do not fit the model or the machine, and
+    `ExactUnavailable` when exact mode's self-test fails.
+    """
+    folder = Path(settings.model)
+    config = load_config(folder)
+    device = _device(settings)
+    dtype = _dtype(settings, config, device)
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    layout = tensor_layout(config)
+    weights = load_weights(folder, layout.shapes, layout.ignored, dtype, progress)
+    kernels = exact_kernels() if settings.exact else default_kernels(device, dtype)
+    positions = _max_model_len(settings, config)
+    with torch.inference_mode():
+        memory = _memory(settings, config, dtype, device, weights.digest)
+        decoder = Decoder(config, layout, weights.tensors, kernels, positions=positions, device=device)
+    info = ModelInfo(
+        name=settings.name,
+        model_type=config.model_type,
+        dtype=STORED_DTYPES[dtype],
+        device=str(device),
+        exact=settings.exact,
+        parameters=weights.parameters,
+        vocab_size=config.vocab_size,
+        max_model_len=positions,
+        weights=weights.digest,
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        block_tokens=settings.block_tokens,
+        block_bytes=memory.block_rows * config.kv_heads * config.head_dim * STORED_DTYPES[dtype].itemsize,
+        blocks=memory.blocks,
+        codec=Codec.RAW,
+        eos_token_ids=list(config.eos_token_ids),
+    )
+    runner = TorchRunner(decoder, memory, info)
+    if settings.exact:
+        try:
+            progress("proving exactness", 0.0)
+            prove_exact(runner, decoder)
+            progress("proving exactness", 1.0)
+        except IsthmusError:
+            runner.close()
+            raise
+    return runner
+
+
+def default_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest kernels in plain PyTorch for a device."""
+    return Kernels(dense_linear(device, dtype), GatheredAttention(), rms_norm, swiglu, row_tile=1)
+
+
+def _device(settings: EngineSettings) -> torch.device:
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError as error:
+        raise ConfigInvalid(f"device {settings.device[:40]!r} is not known; accepted: cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigInvalid(f"device {settings.device[:40]!r} is not served; accepted: cpu, cuda, cuda:N")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ConfigInvalid(f"device {settings.device!r} is not on this machine")
+    return device
+
+
+def _dtype(settings: EngineSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is the folder's dtype, but float32 for float16 weights on a CPU; exact mode is float32."""
+    if settings.exact:
+        if settings.dtype not in ("auto", "f32") or device.type != "cpu":
+            raise ConfigInvalid("exact is served with dtype f32 on device cpu only")
+        return torch.float32
+    name = config.dtype if settings.dtype == "auto" else settings.dtype
+    if name == "f16" and device.type == "cpu":
+        if settings.dtype == "f16":
+            raise ConfigInvalid("dtype f16 is not served on device cpu; accepted: auto, f32, bf16")
+        name = "f32"
+    return TORCH_DTYPES[name]
+
+
+def _max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
+    if settings.max_model_len > config.max_positions:
+        raise ConfigInvalid(f"max_model_len is {settings.max_model_len}, the model's limit is {config.max_positions}")
+    return settings.max_model_len or config.max_positions
+
+
+def _memory(
+    settings: EngineSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device, digest: bytes
+) -> KvMemory:
+    shape = BlockFormat(
+        digest, STORED_DTYPES[dtype], config.layers, config.kv_heads, config.head_dim, settings.block_tokens
+    )
+    blocks = min(settings.kv_bytes // shape.block_bytes, MAX_BLOCKS)
+    if blocks < 1:
+        raise ConfigInvalid(f"kv_bytes is {settings.kv_bytes}, one block needs {shape.block_bytes}")
+    try:
+        return KvMemory(
+            blocks=blocks,
+            layers=config.layers,
+            block_tokens=settings.block_tokens,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigInvalid(f"kv_bytes is {settings.kv_bytes}: the device has no such memory free") from error
