@@ -25,7 +25,7 @@ from isthmus.execution.inference.settings import EngineSettings
 
 LIBRARY = 300
 LONGEST = 200
-POOL_BLOCKS = 96
+POOL_BLOCKS = 20
 
 
 def open_for(folder: Path, dtype: str, *, exact: bool) -> Runner:

@@ -131,6 +131,7 @@ def test_bad_completion_bodies_are_refused_with_the_field_named() -> None:
         ({"prompt": "a", "best_of": 2}, "unsupported", "best_of"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "unsupported", "echo"),
         ({"prompt": [5] * 4096}, "context_length_exceeded", "prompt"),
+        ({"prompt": [[5] * 4096], "echo": True}, "context_length_exceeded", "prompt"),
     ]
 
     async def check(site: Site) -> None:
@@ -354,11 +355,17 @@ def test_pipelined_requests_are_answered_in_order_and_too_many_are_refused() -> 
             "/ready",
             "/health",
         ]
+        large = post("/tokenize", b'{"prompt":"' + b"x" * 40_000 + b'"}', close=False)
+        several = await raw(site, large * 4 + GET)
+        assert [int(part[:3]) for part in several.split(b"HTTP/1.1 ")[1:]] == [200] * 5
         flood = await raw(site, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
         statuses = [int(part[:3]) for part in flood.split(b"HTTP/1.1 ")[1:]]
         assert statuses == [200] * (len(statuses) - 1) + [400]
         assert 5 <= len(statuses) <= 7
         assert site.counted("refused_pipeline") == 1
+        offers = b"GET /health HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n" * 2000
+        assert b"HTTP/1.1 400 " in await raw(site, offers)
+        assert site.counted("refused_pipeline") == 2
 
     run(check, settings=GatewaySettings(max_pipelined=4))
 

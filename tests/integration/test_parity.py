@@ -75,7 +75,12 @@ def test_embedded_model_equals_transformers() -> None:
     runner = open_tiny(EMBEDDED, kv_bytes=1 << 26)
     generator = torch.Generator().manual_seed(3)
     requests = [
-        Request(str(i), torch.randint(0, 8192, (8 + 9 * i,), generator=generator).tolist(), range(9 * i, 9 * i + 9), greedy())
+        Request(
+            str(i),
+            torch.randint(0, 8192, (8 + 9 * i,), generator=generator).tolist(),
+            range(9 * i, 9 * i + 9),
+            greedy(),
+        )
         for i in range(4)
     ]
     generate(runner, requests, 48)

@@ -49,7 +49,11 @@ def run_alone(runner: TorchRunner, params: SamplingParams) -> list[Request]:
 
 @pytest.mark.parametrize(
     "params",
-    [greedy(), SamplingParams(max_tokens=99, seed=4, temperature=1.1, top_p=0.9), SamplingParams(max_tokens=99, seed=9)],
+    [
+        greedy(),
+        SamplingParams(max_tokens=99, seed=4, temperature=1.1, top_p=0.9),
+        SamplingParams(max_tokens=99, seed=9),
+    ],
     ids=["greedy", "top_p", "plain"],
 )
 def test_exact_mode_is_bitwise_the_same_alone_batched_chunked_and_in_other_blocks(

@@ -161,7 +161,9 @@ params_strategy = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(params_strategy, min_size=2, max_size=9), st.integers(0, 2**32 - 1), st.randoms(use_true_random=False))
-def test_a_row_is_sampled_alike_alone_and_in_any_batch(chosen: list[SamplingParams], seed: int, shuffler: object) -> None:
+def test_a_row_is_sampled_alike_alone_and_in_any_batch(
+    chosen: list[SamplingParams], seed: int, shuffler: object
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(chosen), 1003, generator=generator) * 3
     tasks = [part(SampleTask(p, i, TokenHistory([i, 2], [3, 3, i]), digest=True)) for i, p in enumerate(chosen)]

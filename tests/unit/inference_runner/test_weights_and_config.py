@@ -168,7 +168,9 @@ def test_shards_load_to_the_same_digest_and_other_weights_do_not(folder: Path) -
     assert other.info.weights != with_one.info.weights
 
 
-@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", 3, "gone.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", 3, "gone.safetensors"]
+)
 def test_an_index_stays_inside_the_folder(folder: Path, file: object) -> None:
     files = shard(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": files | {NORM: file}}))
