@@ -66,8 +66,8 @@ class Prompting(Protocol):
     async def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
         """The token ids of a conversation through the model's chat template.
 
-        Raises `InvalidInput` when the template refuses the messages, `TooLarge` over a limit, `Unsupported` without a
-        template, `DeadlineExceeded` when template or tokenizer took too long.
+        Raises `InvalidInput` when the template refuses the messages, or template or tokenizer took too long, `TooLarge`
+        over a limit, `Unsupported` without a template, `Overloaded` when too many wait.
         """
         ...
 

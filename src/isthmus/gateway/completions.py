@@ -52,6 +52,8 @@ async def encode_prompts(service: Service, body: CompletionRequest) -> list[Prom
         if isinstance(part, str):
             prompts.append(Prompt(await service.prompting.encode(part), part if body.echo else ""))
             continue
+        # Before anything waits: ids over the context are let go at once, so that few requests cannot hold much memory.
+        service.planner.check_context(len(part), "prompt")
         service.planner.check_tokens(part, "prompt")
         echo = await service.prompting.decode(part, skip_special_tokens=True) if body.echo else ""
         prompts.append(Prompt(part, echo))

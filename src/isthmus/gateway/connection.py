@@ -91,6 +91,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._reserved = 0
         self._resuming = False
+        self._begun = 0
 
     # -- the transport's callbacks
 
@@ -111,8 +112,12 @@ class Connection(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         if self._parser is None:
             return
+        before, self._begun = self._incoming, 0
         try:
             self._feed(data)
+        except HttpError as error:
+            self._broken(error)
+            return
         except httptools.HttpParserError as error:
             cause = error.__context__
             if cause is not None and not isinstance(cause, HttpError):
@@ -120,7 +125,8 @@ class Connection(asyncio.Protocol):
             self._broken(cause or malformed("this is not a valid HTTP/1.1 request"))
             return
         incoming = self._incoming
-        if incoming is not None:
+        if incoming is not None and (incoming is before or (before is None and self._begun == 1)):
+            # A request that began behind another is counted from the next read on: where it began is not known.
             incoming.raw_bytes += len(data)
             self._check_flood(incoming)
         self._rephase()
@@ -153,21 +159,27 @@ class Connection(asyncio.Protocol):
         Clients that prefer HTTP/2 offer h2c with their first request. llhttp stops after the head of such a request, so
         its body is read by a fresh parser that is told the same framing.
         """
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            incoming = self._current()
-            incoming.offers_upgrade = False
-            self._parser = httptools.HttpRequestParser(self)
-            if incoming.has_body:
-                length = incoming.declared_length
-                framing = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length
-                self._resuming = True
-                self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
-                self._resuming = False
-            else:
-                self.on_message_complete()
-            self._feed(data[offer.args[0] :])
+        while data:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = data[offer.args[0] :]
+                self._decline_upgrade()
+
+    def _decline_upgrade(self) -> None:
+        """Go on after a head that offered an upgrade, as if it had not. Raises `HttpError`."""
+        incoming = self._current()
+        incoming.offers_upgrade = False
+        self._parser = httptools.HttpRequestParser(self)
+        if not incoming.has_body:
+            self.on_message_complete()
+            return
+        length = incoming.declared_length
+        framing = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length
+        self._resuming = True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
+        self._resuming = False
 
     # -- httptools' callbacks
 
@@ -175,6 +187,7 @@ class Connection(asyncio.Protocol):
         """A request line started."""
         if self._resuming:
             return
+        self._begun += 1
         self._incoming = HttpRequest(self._site.clock.monotonic(), self._site.clock.wall())
 
     def on_url(self, part: bytes) -> None:

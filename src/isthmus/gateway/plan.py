@@ -104,13 +104,18 @@ class Planner:
                 plans.append(SequencePlan(index, request, text))
         return plans
 
-    def _max_tokens(self, limits: Limits, prompt_tokens: int, param: str) -> int:
+    def check_context(self, prompt_tokens: int, param: str) -> None:
+        """Refuse a prompt that is empty or leaves no room for output. Raises `InvalidInput` and `HttpError` 400."""
         context = self.info.max_model_len
         if prompt_tokens == 0:
             raise InvalidInput("the prompt has no tokens, accepted: at least 1", param)
         if prompt_tokens >= context:
             message = f"the prompt has {prompt_tokens} tokens; the context is {context} with at least 1 of output"
             raise context_length_exceeded(message, param)
+
+    def _max_tokens(self, limits: Limits, prompt_tokens: int, param: str) -> int:
+        self.check_context(prompt_tokens, param)
+        context = self.info.max_model_len
         left = context - prompt_tokens
         if limits.max_tokens is None:
             return min(left, self.settings.default_max_tokens)

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
 from isthmus.contracts.prompting import MAX_MESSAGES
-from isthmus.contracts.requests import PRIORITY_RANGE
+from isthmus.contracts.requests import MAX_PROMPT_TOKENS, PRIORITY_RANGE
 from isthmus.contracts.sampling import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -170,4 +170,4 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     """POST /detokenize (vLLM's shape)."""
 
     model: ModelName | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Meta(max_length=MAX_PROMPT_TOKENS)]

@@ -121,6 +121,8 @@ class EngineProcess:
     @property
     def info(self) -> ModelInfo:
         """See `Engine`."""
+        if self._failure is not None:
+            raise self._failure
         if self._info is None:
             raise EngineFailed("the engine is not ready")
         return self._info

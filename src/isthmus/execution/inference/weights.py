@@ -54,6 +54,15 @@ class Weights:
     parameters: int
 
 
+def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], ignored: frozenset[str]) -> list[Entry]:
+    """Where each of `expected` lies, by name, every header checked but no tensor read. Raises as `load_weights`."""
+    with ExitStack() as stack:
+        maps = {name: stack.enter_context(_Mapped(folder, name)) for name in _files(folder)}
+        entries = _entries(maps, folder)
+        _match(entries, expected, ignored)
+    return [entries[name] for name in sorted(expected)]
+
+
 def load_weights(
     folder: Path,
     expected: Mapping[str, tuple[int, ...]],

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.contracts.errors import (
-    DeadlineExceeded,
     Draining,
     InvalidInput,
     IsthmusError,
@@ -187,7 +186,7 @@ class HelperPool:
     async def ask(self, question: Render | Encode, size: int) -> list[int]:
         """The token ids for `question`, whose text has `size` bytes.
 
-        Raises `Overloaded`, `DeadlineExceeded`, `InvalidInput` and its kinds, `Draining` once closed.
+        Raises `Overloaded`, `InvalidInput` and its kinds, `Draining` once closed.
         """
         if self._closed or not self._tasks:
             raise Draining("the prompting helpers are not running")
@@ -289,7 +288,8 @@ class HelperPool:
                 self.stats.killed += 1
                 await self._end(process)
                 limit = self._settings.deadline_s
-                self._refuse(job, DeadlineExceeded(f"the prompt took over {limit} s to render and tokenise"))
+                field = "messages" if isinstance(job.question, Render) else "prompt"
+                self._refuse(job, InvalidInput(f"it took over {limit} s to render and tokenise, the limit", field))
                 return None
             except (_GoneError, WireViolation):
                 self.stats.died += 1

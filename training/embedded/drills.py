@@ -1,0 +1,54 @@
+"""Drills: short, dense exercises that teach a young model to look back at all.
+
+Nothing but repetition helps in them, and almost every token is a lesson. They
+come before the exercises in ``recall.py``, which are what is really wanted.
+"""
+
+from __future__ import annotations
+
+import random
+
+from training.embedded.recall import Exercise, digits
+from training.embedded.world import World, mark
+
+
+def echo(world: World, rng: random.Random, size: int) -> str:
+    """A row of random words, again and again."""
+    joint = rng.choice([" ", " ", ", ", "\n"])
+    row = joint.join(world.pick(rng, "common") for _ in range(rng.randint(3, max(4, min(40, size // 18)))))
+    again = max(1, size // (len(row) + 1) - 1)
+    return row + "".join("\n" + mark(row) for _ in range(again))
+
+
+def pairs_again(world: World, rng: random.Random, size: int) -> str:
+    """The same pairs round after round, each time in another order."""
+    numbers = rng.random() < 0.3
+    table = {
+        world.pick(rng, "common"): digits(rng, 1, 4) if numbers else world.pick(rng, "common")
+        for _ in range(rng.randint(2, 10))
+    }
+    form = rng.choice(["{} {}", "{}: {}", "{} = {}", "{} is {}", "{} has {}"])
+    joint = rng.choice(["\n", ". ", ", ", "; "])
+    rounds = max(2, size // sum(len(k) + len(v) + 5 for k, v in table.items()))
+    lines = [form.format(k, v) for k, v in table.items()]
+    for _ in range(rounds - 1):
+        order = rng.sample(list(table.items()), len(table))
+        lines += [form.format(k, "\0").replace(" \0", mark(f" {v}")) for k, v in order]
+    return joint.join(lines)
+
+
+def numbers_again(_world: World, rng: random.Random, size: int) -> str:
+    """A few numbers, again and again."""
+    row = " ".join(digits(rng, 2, 6) for _ in range(rng.randint(1, max(2, min(8, size // 24)))))
+    again = max(1, min(6, size // (len(row) * 3) - 1))
+    return row + "".join("\n" + mark(row) for _ in range(again))
+
+
+DRILLS: tuple[tuple[Exercise, float], ...] = ((echo, 0.45), (pairs_again, 0.4), (numbers_again, 0.15))
+
+
+def drill(world: World, rng: random.Random, size: int) -> str:
+    """One drill of a kind drawn by its share."""
+    kinds, shares = zip(*DRILLS, strict=True)
+    chosen: Exercise = rng.choices(kinds, shares)[0]
+    return chosen(world, rng, size)

@@ -1,0 +1,91 @@
+"""What the synthetic exercises draw from: word lists, knowledge, glosses and filler text."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.embedded.extract import Gloss
+
+MARK_OPEN, MARK_CLOSE = "\x01", "\x02"
+_CHOICE = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything an exercise may mention. Filler comes from one split of the documents only."""
+
+    words: dict[str, list[str]]
+    knowledge: dict[str, Any]
+    intents: list[dict[str, list[str]]]
+    glosses: list[Gloss]
+    filler: list[str]
+
+    def pick(self, rng: random.Random, group: str) -> str:
+        """One word of a named list."""
+        return rng.choice(self.words[group])
+
+    def fill(self, rng: random.Random, characters: int) -> str:
+        """About that many characters of consecutive prose, cut at a sentence."""
+        parts: list[str] = []
+        at = rng.randrange(len(self.filler))
+        while characters > 0:
+            sentence = self.filler[at % len(self.filler)]
+            if parts and len(sentence) > characters + 80:
+                break
+            parts.append(sentence)
+            characters -= len(sentence) + 1
+            at += 1
+        return " ".join(parts)
+
+
+def mark(answer: str) -> str:
+    """Marks the part of an exercise that is to be learned; the rest is only its setting."""
+    return f"{MARK_OPEN}{answer}{MARK_CLOSE}"
+
+
+def spin(pattern: str, rng: random.Random) -> str:
+    """One reading of a pattern in which ``{a|b}`` stands for a choice."""
+    return _CHOICE.sub(lambda m: rng.choice(m.group(1).split("|")), pattern)
+
+
+def article(word: str) -> str:
+    """A noun with its indefinite article."""
+    return ("an " if word[0].lower() in "aeiou" else "a ") + word
+
+
+def listing(words: list[str]) -> str:
+    """Words as an English list: ``a, b and c``."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """Reads ``a: b, c: d``."""
+    return [(a.strip(), b.strip()) for a, b in (item.split(":") for item in text.split(","))]
+
+
+def _sentences(texts: list[str]) -> list[str]:
+    found = []
+    for text in texts:
+        for paragraph in text.split("\n"):
+            found += [s for s in re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph) if 20 < len(s) < 400]
+    return found
+
+
+def load_world(work: Path, held_out: bool) -> World:
+    """Reads the lists beside this file, and glosses and filler from the work folder."""
+    here = Path(__file__).parent
+    lexicon = tomllib.loads((here / "lexicon.toml").read_text())
+    knowledge = tomllib.loads((here / "knowledge.toml").read_text())
+    intents = tomllib.loads((here / "smalltalk.toml").read_text())["intent"]
+    words = {name: [w.strip() for w in line.split(",")] for name, line in lexicon.items()}
+    glosses = [Gloss(**json.loads(line)) for line in (work / "glosses.jsonl").read_text().splitlines()]
+    words["common"] = sorted({g.word for g in glosses if 3 <= len(g.word) <= 10})
+    documents = [json.loads(line) for line in (work / "docs.jsonl").read_text().splitlines()]
+    filler = _sentences([d["text"] for d in documents if d["held_out"] == held_out])
+    return World(words, knowledge, intents, glosses, filler)
