@@ -1,14 +1,14 @@
 """`isthmus chat`: a conversation in the terminal with a running server.
 
-Answers stream; Ctrl-C stops the one that is coming (the server stops working on it), Ctrl-D leaves. After each answer a line
-says how many tokens came, how fast, how soon the first, and how much of the prompt's state was reused.
+Answers stream; Ctrl-C stops the one that is coming (the server stops working on it), Ctrl-D leaves. After each answer
+a line says how many tokens came, how fast, how soon the first, and how much of the prompt's state was reused.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "chat",
         help="talk to a running server",
         description="Talk to a running server in the terminal.",
-        epilog=f"while chatting:\n{HELP}\n\nexample:\n  isthmus chat --system 'Answer in one sentence.' --temperature 0",
+        epilog=f"while chatting:\n{HELP}\n\nexample:\n  isthmus chat --system 'Answer briefly.' --temperature 0",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -98,14 +98,15 @@ class Conversation:
         return True
 
     def _ask(self) -> None:
-        """Stream an answer to the messages. What a person stopped is kept as far as it came; what failed is taken back."""
+        """Stream an answer to the messages. What a person stopped is kept so far; what failed is taken back."""
         answer = Answer()
         stopped = ""
         self._screen.write(self._screen.paint(f"{printable(str(self._base['model']))}> ", CYAN, BOLD))
         try:
             body = {**self._base, "messages": self.messages}
-            for piece in self._client.stream("/v1/chat/completions", body, answer):
-                self._screen.write(printable(piece))
+            with closing(self._client.stream("/v1/chat/completions", body, answer)) as pieces:
+                for piece in pieces:
+                    self._screen.write(printable(piece))
         except KeyboardInterrupt:
             stopped = "stopped · "
         except CommandFailed as error:

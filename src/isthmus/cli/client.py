@@ -2,7 +2,7 @@
 
 import http.client
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +79,7 @@ class Client:
         except (ValueError, LookupError, TypeError) as error:
             raise CommandFailed(f"{self.url} answers, but not as an OpenAI server") from error
 
-    def stream(self, path: str, body: Mapping[str, Any], answer: Answer) -> Iterator[str]:
+    def stream(self, path: str, body: Mapping[str, Any], answer: Answer) -> Generator[str, None, None]:
         """Ask for a streamed answer; its text as it comes. `answer` is filled on the way, also when left early."""
         started = self._clock.monotonic()
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}

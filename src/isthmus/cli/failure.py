@@ -15,7 +15,7 @@ STATUSES = """exit status:
   4 no server answers   5 the server refused   130 interrupted"""
 
 
-class CommandFailed(Exception):  # noqa: N818 - reads as what it is
+class CommandFailed(Exception):
     """A command cannot go on: a message for people and the exit status."""
 
     def __init__(self, message: str, status: int = FAILED) -> None:

@@ -4,13 +4,13 @@ Start-up is fast because nothing heavy is imported before a command needs it; to
 """
 
 import argparse
-import signal
+import os
 import sys
 from collections.abc import Sequence
 
 import isthmus
 from isthmus.cli import chat, complete, configure, explain, model, serve
-from isthmus.cli.failure import INTERRUPTED, STATUSES, USAGE, CommandFailed, status_of
+from isthmus.cli.failure import FAILED, INTERRUPTED, STATUSES, USAGE, CommandFailed, status_of
 from isthmus.cli.terminal import Screen
 from isthmus.contracts.errors import IsthmusError
 
@@ -32,9 +32,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    # A reader that went away (`isthmus config | head`) ends us quietly, as it ends other commands.
-    if argv is None:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if not hasattr(arguments, "run"):
@@ -46,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         screen.error("interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`isthmus config | head`): nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except CommandFailed as error:
         screen.error(str(error))
         return error.status

@@ -19,7 +19,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "serve",
         help="serve a model over the OpenAI API",
         description="Serve a model over the OpenAI API. Without a folder: the small model that comes with Isthmus.",
-        epilog="examples:\n  isthmus serve\n  isthmus serve ./Qwen3-0.6B --port 8001 --kv-memory 1GiB\n  isthmus serve --exact\n\n"
+        epilog="examples:\n  isthmus serve\n  isthmus serve ./Qwen3-0.6B --port 8001 --kv-memory 1GiB\n"
+        "  isthmus serve --exact\n\n"
         "Settings may also come from the environment (ISTHMUS_PORT=8001) or a TOML file; flags win.\n"
         "SIGTERM or Ctrl-C finishes what was accepted, then ends; a second Ctrl-C ends at once.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class ConsoleUi:
-    """What a person sees of a server's life, on standard error (standard output stays free). Calls come from one thread."""
+    """What a person sees of a server's life, on standard error. Calls come from one thread."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
