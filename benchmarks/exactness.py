@@ -8,21 +8,24 @@ prefixes; divergences are counted and written. `python -m benchmarks.exactness -
 
 import argparse
 import random
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from isthmus.execution.inference.runner import open_runner
 from rich.progress import track
+from tests.support.tiny_models import make_model
 
 from benchmarks.common import Run
-from benchmarks.mixes import Item, Trace, library, random_mix, run_alone, run_mix
-from benchmarks.models import random_folders
+from benchmarks.mixes import REQUESTS, Item, Trace, library, random_mix, run_alone, run_mix
 from isthmus.config import Settings
 from isthmus.contracts.events import Finish
 from isthmus.execution.inference.batch import Runner
+from isthmus.execution.inference.runner import open_runner
 from isthmus.execution.inference.settings import EngineSettings
 
+EMBEDDED = "embedded"
+NAMES = (EMBEDDED, "llama-llama3", "qwen3-odd-tied-bias")
 LIBRARY = 300
 LONGEST = 200
 POOL_BLOCKS = 20
@@ -99,29 +102,44 @@ def compare_default(runner: Runner, items: list[Item], mixes: int, rng: random.R
     }
 
 
+def make_folder(name: str, scratch: Path) -> Path:
+    """The folder of the embedded model, or of a tiny random one made in `scratch`."""
+    if name == EMBEDDED:
+        return Settings().model_folder
+    folder = scratch / name
+    make_model(folder, name)
+    return folder
+
+
+def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
+    """All modes of one model; writes benchmarks/results/exactness-<model>.json."""
+    settings = {"model": name, "requests_a_mix": REQUESTS, "pool_blocks": POOL_BLOCKS}
+    run = Run(f"exactness-{name}", options.seed, settings)
+    results: dict[str, Any] = {}
+    for mode, dtype, exact in (("exact", "f32", True), ("f32", "f32", False), ("bf16", "bf16", False)):
+        rng = random.Random(f"{options.seed}/{name}")
+        runner = open_for(folder, dtype, exact=exact)
+        items = library(rng, runner.info.vocab_size, LIBRARY, LONGEST)
+        compare = compare_exact if exact else compare_default
+        results[mode] = compare(runner, items, options.mixes if exact else options.default_mixes, rng)
+        runner.close()
+        print(name, mode, results[mode])
+    run.write(results)
+    if results["exact"]["different"] or any(results[mode]["divergences_over_epsilon"] for mode in ("f32", "bf16")):
+        sys.exit(f"{name}: the promise does not hold")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run and write benchmarks/results/exactness.json."""
+    """Run every model that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mixes", type=int, default=200, help="mixes a model in exact mode (default 200)")
     parser.add_argument("--default-mixes", type=int, default=20, help="mixes a model in each default mode (default 20)")
+    parser.add_argument("--models", nargs="*", default=NAMES, help=f"some of {', '.join(NAMES)}")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
-    run = Run("exactness", options.seed, {"mixes": options.mixes, "requests_a_mix": 32, "pool_blocks": POOL_BLOCKS})
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"embedded": Settings().model_folder, **random_folders(Path(scratch))}
-        for name, folder in folders.items():
-            results[name] = {}
-            for mode, dtype, exact in (("exact", "f32", True), ("f32", "f32", False), ("bf16", "bf16", False)):
-                print(f"{name}, {mode}")
-                rng = random.Random(f"{options.seed}/{name}")
-                runner = open_for(folder, dtype, exact=exact)
-                items = library(rng, runner.info.vocab_size, LIBRARY, LONGEST)
-                compare = compare_exact if exact else compare_default
-                results[name][mode] = compare(runner, items, options.mixes if exact else options.default_mixes, rng)
-                runner.close()
-                print(results[name][mode])
-                run.write(results)
+        for name in options.models:
+            measure(name, make_folder(name, Path(scratch)), options)
 
 
 if __name__ == "__main__":

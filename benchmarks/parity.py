@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
                 model = make_model(folder, name)
             results[name] = measure(folder, model, options.prompts, options.tokens)
         print(name, results[name])
-    run.write(results)
+        run.write(results)
     if any(result["different"] for result in results.values()):
         sys.exit("parity: tokens differ where transformers has no tie")
 

@@ -213,6 +213,13 @@ def test_flags_and_variables_in_documents_exist() -> None:
     report(problems)
 
 
+def test_settings_files_in_documents_are_accepted() -> None:
+    for path in documents():
+        for language, block in FENCE.findall(path.read_text(encoding="utf-8")):
+            if language == "toml":
+                assert set(tomllib.loads(block)) <= set(specs()), path
+
+
 def test_make_targets_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", named("Makefile"), re.MULTILINE))
     problems = []

@@ -4,25 +4,22 @@ A short version of `python -m benchmarks.exactness`, which runs 200 mixes a mode
 """
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from benchmarks.exactness import compare_default, compare_exact, open_for
+from benchmarks.exactness import NAMES, compare_default, compare_exact, make_folder, open_for
 from benchmarks.mixes import library
-from benchmarks.models import random_folders
-from isthmus.config import Settings
 
 MIXES = 3
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    yield {"embedded": Settings().model_folder, **random_folders(tmp_path_factory.mktemp("models"))}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    scratch = tmp_path_factory.mktemp("models")
+    return {name: make_folder(name, scratch) for name in NAMES}
 
 
-@pytest.mark.parametrize("name", ["embedded", "random-llama", "random-qwen3"])
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_are_bitwise_those_of_each_request_alone(folders: dict[str, Path], name: str) -> None:
     rng = random.Random(name)
     runner = open_for(folders[name], "f32", exact=True)
@@ -36,7 +33,7 @@ def test_logits_are_bitwise_those_of_each_request_alone(folders: dict[str, Path]
 
 def test_default_mode_differs_only_where_the_two_best_are_close(folders: dict[str, Path]) -> None:
     rng = random.Random(5)
-    runner = open_for(folders["random-llama"], "f32", exact=False)
+    runner = open_for(folders["llama-llama3"], "f32", exact=False)
     counts = compare_default(runner, library(rng, runner.info.vocab_size, 60, 160), MIXES, rng)
     runner.close()
     assert counts["divergences_over_epsilon"] == 0
@@ -51,7 +48,7 @@ def test_the_comparison_can_fail(folders: dict[str, Path], monkeypatch: pytest.M
         module, "exact_kernels", lambda: module.default_kernels(module.torch.device("cpu"), module.torch.float32)
     )
     rng = random.Random(7)
-    broken = open_for(folders["random-llama"], "f32", exact=True)
+    broken = open_for(folders["llama-llama3"], "f32", exact=True)
     counts = compare_exact(broken, library(rng, broken.info.vocab_size, 60, 160), 1, rng)
     broken.close()
     assert counts["different"] > 0

@@ -18,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "complete",
         help="complete a text with a running server",
-        description="Complete a text with a running server: text streams to standard output, figures to standard error.",
+        description="Complete a text with a running server: text goes to standard output, figures to error.",
         epilog='examples:\n  isthmus complete "Once upon a time" --max-tokens 64\n'
         "  cat notes.txt | isthmus complete --stop END",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,7 +12,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "explain",
         help="tell what happened to a request",
-        description="Tell what happened to a request: who, which model, what was reused, where time went, how it ended.",
+        description="Tell what happened to a request: who, which model, what was reused, where time went, the outcome.",
         epilog="Works while the server runs and after. The id is in every answer (`id`, header `x-request-id`).\n\n"
         "example:\n  isthmus explain chatcmpl-1f0c6a2b9d3e4f5061728394",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,12 +1,14 @@
 """The waiting queue's order never changes with time; drafts continue the latest earlier occurrence."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.requests import make_request
 
 from isthmus.execution.inference.drafts import NGRAM, NgramDrafter
 from isthmus.execution.inference.sequence import Sequence
 from isthmus.execution.inference.waiting import WaitingQueue
-from tests.support.requests import make_request
 
 ARRIVALS = st.lists(st.tuples(st.integers(0, 50), st.integers(-3, 3)), min_size=1, max_size=20)
 
@@ -26,7 +28,7 @@ def test_the_order_is_urgency_at_any_time(arrivals: list[tuple[int, int]], agein
 
     order = list(queue)
     assert len(order) == len(sequences)
-    for first, second in zip(order, order[1:], strict=False):
+    for first, second in itertools.pairwise(order):
         assert urgency(first) <= urgency(second) + 1e-6
     queue.remove(order[0])
     queue.push(order[0])
