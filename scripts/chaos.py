@@ -36,7 +36,7 @@ def load() -> dict[str, Any]:
 
 def run_suite(name: str, arguments: list[str], seed: int) -> tuple[int, int, float]:
     """Passed, failed and seconds of one round."""
-    environment = {**os.environ, "ISTHMUS_TEST_SCALE": "release"}
+    environment = {**os.environ, "TEST_SCALE": "release"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--hypothesis-seed={seed}", *arguments]
     start = time.monotonic()
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)

@@ -4,6 +4,7 @@ A real server and a real chat run in a tmux session of their own; its screen is 
 SVG. `python -m scripts.terminal_pictures`.
 """
 
+import io
 import re
 import subprocess
 import tempfile
@@ -65,7 +66,7 @@ class Terminal:
 def draw(name: str, screen: str, title: str) -> None:
     """Write docs/images/<name>.svg and the same as text."""
     lines = screen.rstrip().splitlines()
-    console = Console(record=True, width=WIDTH, file=tempfile.TemporaryFile("w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     for line in lines:
         console.print(Text.from_ansi(line), no_wrap=True, overflow="crop")
     IMAGES.mkdir(parents=True, exist_ok=True)

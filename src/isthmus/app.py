@@ -18,7 +18,7 @@ import uvloop
 
 from isthmus.config import Settings
 from isthmus.contracts.clock import Clock, SystemClock, SystemEntropy
-from isthmus.contracts.errors import ModelInvalid
+from isthmus.contracts.errors import ConfigInvalid, ModelInvalid
 from isthmus.contracts.events import ModelInfo
 from isthmus.contracts.journal import LineageFact
 from isthmus.contracts.ports import Lineage
@@ -138,7 +138,10 @@ async def open_server(settings: Settings, ui: ServeUi) -> AsyncIterator[Server]:
         deps = GatewayDeps(engine, prompting, lineage, metrics, log, clock, entropy, namespace)
         gateway = Gateway(deps, gateway_settings(settings))
         stack.push_async_callback(gateway.close)
-        host, port = await gateway.start()
+        try:
+            host, port = await gateway.start()
+        except OSError as error:
+            raise ConfigInvalid(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from error
         shown = f"[{host}]" if ":" in host else host
         yield Server(gateway, engine, f"http://{shown}:{port}")
 

@@ -161,10 +161,6 @@ class Settings:
     journal_max: int = _setting(
         16 * GIB, "State", "size", "Size of the journal, over which nothing more is recorded.", low=MIB, high=1024 * GIB
     )
-    log_level: str = _setting(
-        "info", "Logs", "text", "Least level that is logged.", choices=("debug", "info", "warning", "error")
-    )
-    log_format: str = _setting("json", "Logs", "text", "Form of log lines on stderr.", choices=("json", "text"))
 
     @property
     def model_folder(self) -> Path:

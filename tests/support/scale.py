@@ -4,5 +4,5 @@ import os
 
 
 def examples(quick: int, release: int) -> int:
-    """`release` when the chaos run asks for it (ISTHMUS_TEST_SCALE=release), else `quick`."""
-    return release if os.environ.get("ISTHMUS_TEST_SCALE") == "release" else quick
+    """`release` when the chaos run asks for it (TEST_SCALE=release), else `quick`."""
+    return release if os.environ.get("TEST_SCALE") == "release" else quick

@@ -20,14 +20,15 @@ from training.embedded.pools import DOCS, WEIGHT_UNIT, write_pool
 from training.embedded.recall import Exercise, exercise
 from training.embedded.world import World, load_world
 
-SIZES = {"short": 650, "medium": 1400, "long": 3000, "full": 6400}
+SIZES = {"short": 650, "medium": 1400, "long": 3000, "full": 6400, "far": 3500}
 _CHAT_WEIGHTS = (2 * WEIGHT_UNIT, 3)
 _RECALL_WEIGHTS = (40, 2)
 _DRILL_WEIGHTS = (24, 1)
 
 
 def _size(rng: random.Random, most: int) -> int:
-    return int(most * (0.15 + 0.85 * rng.random()))
+    least = 0.85 if most == SIZES["far"] else 0.15
+    return int(most * (least + (1 - least) * rng.random()))
 
 
 def chats(world: World, seed: int, most: int, characters: int) -> Iterator[str]:

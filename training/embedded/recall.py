@@ -78,7 +78,8 @@ def key_values(world: World, rng: random.Random, size: int) -> str:
         tail += separator.replace(", ", ",\n") + question.format(k=key) + mark(answer.format(v=table[key]))
     room = size - len(tail) - sum(len(line) + 1 for line in lines)
     if room > 100 and rng.random() < 0.7:
-        return separator.join(lines) + "\n\n" + world.fill(rng, rng.randint(50, room)) + "\n" + tail
+        between = room if rng.random() < 0.5 else rng.randint(50, room)
+        return separator.join(lines) + "\n\n" + world.fill(rng, between) + "\n" + tail
     return separator.join(lines) + "\n" + tail
 
 

@@ -40,13 +40,13 @@ class Answer:
         parts: list[str] = []
         if isinstance(tokens, int):
             parts.append(f"{tokens} tokens")
-            decode_s = self.total_s - (self.first_token_s or 0.0)
-            if tokens > 1 and decode_s > 0:
-                parts.append(f"{(tokens - 1) / decode_s:.1f} tokens/s")
+            # Over the whole answer: what a client sees after the first token depends on how its reads were scheduled.
+            if self.total_s > 0:
+                parts.append(f"{tokens / self.total_s:.0f} tokens/s")
         if self.first_token_s is not None:
             parts.append(f"first after {self.first_token_s * 1000:.0f} ms")
         if isinstance(prompt, int):
-            parts.append(f"{cached} of {prompt} prompt tokens cached")
+            parts.append(f"{cached} of {prompt} cached")
         if self.finish and self.finish != "stop":
             parts.append(f"ended by {printable(self.finish)}")
         if self.request_id:

@@ -1,5 +1,6 @@
 """What happened to a request, told from the journal: as text for people, or as JSON."""
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Protocol
@@ -13,6 +14,7 @@ from isthmus.observability.lineage import GAP_KIND, GAP_STREAM, LINEAGE_KIND, Li
 MAX_CHOICES = 256
 BAR_CHARS = 48
 _EVENTS = 1000
+_CHOICE = re.compile(r"[-.]\d{1,4}")
 
 
 class LineageSource(Protocol):
@@ -36,13 +38,14 @@ class Explanation(msgspec.Struct, frozen=True):
 
 
 def explain(source: LineageSource, request_id: str) -> Explanation:
-    """Collect what is known of `request_id`, its choices `<id>.1`, `<id>.2` ... included (at most 256).
+    """Collect what is known of `request_id`, its choices `<id>-1`, `<id>-2` ... (or `.1`) included, at most 256.
 
     Raises `InvalidInput` for what is no request id, `JournalUnavailable`.
     """
     check_request_id(request_id)
     stream = request_stream(request_id)
-    streams = [stream, *source.streams(stream + ".", MAX_CHOICES)]
+    found = [name for mark in "-." for name in source.streams(stream + mark, MAX_CHOICES)]
+    streams = [stream, *(name for name in found if _CHOICE.fullmatch(name[len(stream) :]))]
     facts = [
         msgspec.msgpack.decode(event.body, type=LineageFact)
         for name in streams

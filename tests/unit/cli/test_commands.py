@@ -127,7 +127,7 @@ def test_chat_streams_answers_and_keeps_the_conversation(server: type[FakeServer
     assert done.stdout.count(f"tiny> {SHOWN}\n") == 4
     assert "\x1b" not in done.stdout
     assert "9 tokens" in done.stdout
-    assert "16 of 20 prompt tokens cached · ended by length · chatcmpl-1" in done.stdout
+    assert "16 of 20 cached · ended by length · chatcmpl-1" in done.stdout
     assert "/nonsense is no command" in done.stdout
     roles = [[message["role"] for message in body["messages"]] for body in server.bodies]  # type: ignore[attr-defined]
     asked = ["system", "user", "assistant", "user"]

@@ -216,10 +216,10 @@ def test_explain_tells_the_story(tmp_path: Path) -> None:
 
 
 def test_explain_shows_every_choice_in_order_and_no_other_request(tmp_path: Path) -> None:
-    reader = kept(tmp_path / "j.db", [fact(name) for name in ("a.10", "a.2", "a", "a.1", "ab", "b.1")])
+    reader = kept(tmp_path / "j.db", [fact(name) for name in ("a-10", "a-2", "a", "a-1", "ab", "b-1", "a-x", "a.3")])
     ids = [f["request_id"] for f in json.loads(to_json(explain(reader, "a")))["facts"]]
     reader.close()
-    assert ids == ["a", "a.1", "a.2", "a.10"]
+    assert ids == ["a", "a-1", "a-2", "a.3", "a-10"]
 
 
 def test_two_requests_with_one_id_are_both_kept(tmp_path: Path) -> None:

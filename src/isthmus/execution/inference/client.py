@@ -77,7 +77,10 @@ class EngineProcess:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with far:
             command = [sys.executable, "-m", "isthmus.execution.inference.process", "--fd", str(far.fileno())]
-            process = subprocess.Popen(command, pass_fds=[far.fileno()], stdin=subprocess.DEVNULL)
+            # A session of its own: Ctrl-C in a terminal reaches the parent alone, which drains first.
+            process = subprocess.Popen(
+                command, pass_fds=[far.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
         near.sendall(encode_frame(settings))
         return cls(process, near)
 
@@ -160,7 +163,7 @@ class EngineProcess:
 
     def abort(self, request_id: RequestId) -> None:
         """See `Engine`."""
-        with contextlib.suppress(EngineFailed):  # a dead engine runs nothing that could be aborted
+        with contextlib.suppress(IsthmusError):  # a dead engine runs nothing that could be aborted
             self._send(Abort(request_id))
 
     async def drain(self) -> None:
@@ -170,7 +173,7 @@ class EngineProcess:
 
     async def close(self) -> None:
         """See `Engine`."""
-        with contextlib.suppress(EngineFailed):  # it may have ended already
+        with contextlib.suppress(IsthmusError):  # it may have ended already
             self._send(Shutdown())
         self._fail(EngineFailed("the engine was closed"))
         if self._task is not None:

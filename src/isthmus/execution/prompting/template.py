@@ -30,6 +30,20 @@ MAX_REASON_CHARS = 200
 _DATE_FORMAT = re.compile(r"(?:[^%\x00]|%[-_0^#]?[A-Za-z%])*")
 
 
+# What the expressions of a template can raise. Anything else would end the helper, and the pool answers for it.
+_EXPRESSION_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+
+
 class _TemplateRefusalError(Exception):
     """The template called `raise_exception`."""
 
@@ -113,7 +127,7 @@ class ChatTemplate:
             raise InvalidInput(self._reason(str(error)), "messages") from error
         except MemoryError as error:
             raise TooLarge("the chat template asked for too much memory", "messages") from error
-        except Exception as error:
+        except _EXPRESSION_ERRORS as error:
             raise InvalidInput(
                 f"the chat template failed on these messages ({type(error).__name__})", "messages"
             ) from error

@@ -12,7 +12,7 @@ import resource
 import socket
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from tokenizers import Tokenizer
@@ -37,15 +37,27 @@ _READ_BYTES = 1024 * 1024
 _LOAD_CPU_S = 120
 
 
+class _LibraryErrors:
+    """A context that translates what the tokenizers library raises: `ValueError`, or `Exception` itself."""
+
+    def __init__(self, translate: Callable[[BaseException], IsthmusError]) -> None:
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and (kind is Exception or isinstance(error, ValueError)):
+            raise self._translate(error) from error
+
+
 class Helper:
     """What a helper does, apart from its socket. Raises `ModelInvalid` when the set-up cannot be loaded."""
 
     def __init__(self, setup: Setup) -> None:
         self._limits = setup.limits
-        try:
+        with _LibraryErrors(lambda error: ModelInvalid(f"tokenizer.json is not accepted by tokenizers: {error}")):
             tokenizer = Tokenizer.from_buffer(setup.tokenizer)
-        except Exception as error:
-            raise ModelInvalid(f"tokenizer.json is not accepted by the tokenizers library: {error}") from error
         # Both are settings of training that some folders still carry; serving must see every token.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -67,11 +79,10 @@ class Helper:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            with _LibraryErrors(lambda _: InvalidInput("the text cannot be tokenised", "prompt")):
+                ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except MemoryError as error:
             raise TooLarge("the text needs too much memory to tokenise", "prompt") from error
-        except Exception as error:
-            raise InvalidInput("the text cannot be tokenised", "prompt") from error
         if len(ids) > self._limits.tokens:
             raise TooLarge(f"the prompt has {len(ids)} tokens, limit {self._limits.tokens}", "prompt")
         return TokenIds(array("I", ids).tobytes())
