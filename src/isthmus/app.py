@@ -24,7 +24,7 @@ from isthmus.contracts.journal import LineageFact
 from isthmus.contracts.ports import Lineage
 from isthmus.execution.inference.client import EngineProcess
 from isthmus.execution.inference.settings import EngineSettings, SchedulerSettings
-from isthmus.execution.prompting.pool import PoolSettings
+from isthmus.execution.prompting.pool import PoolSettings, PoolStats
 from isthmus.execution.prompting.service import FolderPrompting, PromptingSettings, open_prompting
 from isthmus.gateway.server import Gateway
 from isthmus.gateway.service import GatewayDeps
@@ -126,12 +126,13 @@ async def open_server(settings: Settings, ui: ServeUi) -> AsyncIterator[Server]:
         prompting = open_prompting(settings.model_folder, prompting_settings(settings), clock)
         stack.push_async_callback(prompting.close)
         secret = load_secret(settings.secret_path, entropy)
-        lineage = await _open_lineage(settings, clock, stack)
+        metrics = PrometheusMetrics(settings.served_name)
+        _watch_helpers(metrics, prompting.stats)
+        lineage = await _open_lineage(settings, clock, metrics, stack)
         await _all_ready(engine, prompting, ui)
         if prompting.vocab_size > engine.info.vocab_size:
             ids, rows = prompting.vocab_size, engine.info.vocab_size
             raise ModelInvalid(f"tokenizer.json has {ids} token ids, the model only {rows}")
-        metrics = PrometheusMetrics(engine.info.name)
         log = JsonRequestLog(sys.stderr.buffer, dropped=metrics.log_dropped)
         stack.callback(log.close)
         namespace = derive_namespace(secret, DEFAULT_TENANT)
@@ -156,12 +157,25 @@ async def _all_ready(engine: EngineProcess, prompting: FolderPrompting, ui: Serv
         raise failures.exceptions[0] from None
 
 
-async def _open_lineage(settings: Settings, clock: Clock, stack: contextlib.AsyncExitStack) -> Lineage:
+def _watch_helpers(metrics: PrometheusMetrics, stats: PoolStats) -> None:
+    """Publish what befell the prompting helpers."""
+    metrics.watch("isthmus_prompt_helpers_killed", "Prompting helpers killed at a deadline.", lambda: stats.killed)
+    metrics.watch("isthmus_prompt_helpers_died", "Prompting helpers that ended by themselves.", lambda: stats.died)
+    metrics.watch("isthmus_prompts_refused", "Prompts refused by the prompting plane.", lambda: stats.refused)
+
+
+async def _open_lineage(
+    settings: Settings, clock: Clock, metrics: PrometheusMetrics, stack: contextlib.AsyncExitStack
+) -> Lineage:
     if not settings.journal:
         return NoLineage()
     journal = await open_journal(settings.journal_path, JournalSettings(max_bytes=settings.journal_max), clock)
     stack.push_async_callback(journal.close)
     recorder = LineageRecorder(journal, LineageSettings(), clock)
+    stats = recorder.stats
+    metrics.watch("isthmus_lineage_written", "Lineage facts in the journal.", lambda: stats.written)
+    metrics.watch("isthmus_lineage_lost", "Lineage facts that could not be kept.", lambda: stats.lost)
+    metrics.watch("isthmus_journal_errors", "Appends that the journal refused.", lambda: stats.journal_errors)
     recorder.start()
     stack.push_async_callback(recorder.close)
     return recorder

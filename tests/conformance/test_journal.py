@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -230,5 +230,7 @@ def test_state_machine(backend: Opener, tmp_path: Path) -> None:
     JournalMachine.base = tmp_path
     JournalMachine.opener = staticmethod(backend)
     machine = JournalMachine.TestCase()
-    machine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+    machine.settings = settings(
+        max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     machine.runTest()

@@ -83,6 +83,8 @@ def test_n_seed_logprobs_and_stop(client: openai.OpenAI) -> None:
 def test_explain_says_what_happened(served: Served, client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="isthmus", messages=CHAT, max_tokens=4, seed=3)
     command = [sys.executable, "-m", "isthmus.cli.main", "explain", answer.id, "--state-dir", str(served.state)]
+    while served.metric("isthmus_lineage_written_total") < 1:
+        httpx.get(f"{served.url}/health")
     for _ in range(200):
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         if result.returncode == 0:

@@ -4,7 +4,7 @@ Names are vLLM's (`vllm:`) where the meaning is the same, so that its dashboards
 Counters that the engine keeps itself are read from its snapshot at scrape time, so that they count each thing once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -65,6 +65,17 @@ class _EngineCollector(Collector):
     def _valued(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric([self._model], value)
         return family
+
+
+class _Watched(Collector):
+    """A counter that another part keeps."""
+
+    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
+        self._name, self._text, self._read = name, text, read
+
+    def collect(self) -> Iterable[Metric]:
+        """See `prometheus_client.registry.Collector`."""
+        yield CounterMetricFamily(self._name, self._text, value=self._read())
 
 
 class PrometheusMetrics:
@@ -146,6 +157,10 @@ class PrometheusMetrics:
         """See `Metrics`."""
         self._open.set(open_now)
         self._answering.set(in_flight)
+
+    def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Publish a counter that lives elsewhere: `read` is asked at scrape time. Names without `_total`."""
+        self._registry.register(_Watched(name, text, read))
 
     def log_dropped(self) -> None:
         """A log line was dropped (handed to `JsonRequestLog` as its callback)."""

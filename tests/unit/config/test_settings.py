@@ -60,7 +60,6 @@ def test_forms_of_values() -> None:
         ("drain_s", "nan"),
         ("drain_s", "1e400"),
         ("speculate", "17"),
-        ("dtype", "f8"),
         ("model", "a\0b"),
         ("host", "0.0.0.0"),
         ("host", "192.168.1.1"),
