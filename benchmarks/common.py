@@ -24,6 +24,11 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip()
 
 
+def commit() -> str:
+    """The commit that is checked out."""
+    return _git("rev-parse", "HEAD")
+
+
 def machine() -> dict[str, Any]:
     """The processor, its cores and the Python and torch that ran."""
     from importlib.metadata import version
@@ -59,7 +64,7 @@ class Run:
         self._path = RESULTS / f"{name}.json"
         self._body: dict[str, Any] = {
             "benchmark": name,
-            "commit": _git("rev-parse", "HEAD"),
+            "commit": commit(),
             "tree_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine(),

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import commit, machine
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "chaos.json"
 SUITES = {
@@ -75,6 +77,7 @@ def main() -> int:
                 if failed:
                     entry["failed_seeds"].append(seed)
                 failures += failed
+                state["last"] = {"commit": commit(), "machine": machine()}
                 RESULT.write_text(json.dumps(state, indent=1) + "\n")
                 print(f"{name}: {passed} passed, {failed} failed in {seconds:.0f} s (seed {seed})")
             done += 1
