@@ -6,15 +6,15 @@
 #
 #   PYTHON  the interpreter       (python3)
 #   WORK    the work folder       (build/embedded)
-#   STEPS   the length of the run (3600)
+#   STEPS   the length of the run (2131, as for the shipped weights; more is better)
 set -eu
 PYTHON=${PYTHON:-python3}
 WORK=${WORK:-build/embedded}
-STEPS=${STEPS:-3600}
+STEPS=${STEPS:-2131}
 
 [ -f "$WORK/glosses.jsonl" ] || "$PYTHON" -m training.embedded.fetch --work "$WORK"
 [ -f "$WORK/tokenizer/tokenizer.json" ] || "$PYTHON" -m training.embedded.tokenizer --work "$WORK"
-[ -f "$WORK/pools/drill-full.starts.npy" ] || "$PYTHON" -m training.embedded.mixture --work "$WORK"
+[ -f "$WORK/pools/drill-far.starts.npy" ] || "$PYTHON" -m training.embedded.mixture --work "$WORK"
 "$PYTHON" -m training.embedded.train --work "$WORK" --steps "$STEPS"
 "$PYTHON" -m training.embedded.export --work "$WORK"
 "$PYTHON" -m training.embedded.evaluate --work "$WORK"

@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="folder with tokenizer and pools")
     parser.add_argument("--run", default="run", help="name of the run, a folder below the work folder")
-    parser.add_argument("--steps", type=int, default=3600, help="length of the run; ignored with --until")
+    parser.add_argument("--steps", type=int, default=2131, help="length of the run; ignored with --until")
     parser.add_argument("--until", metavar="HH:MM", help="end the run at this time of day (UTC)")
     parser.add_argument("--fall", type=float, default=0.25, help="last part of the run in which the rate falls")
     parser.add_argument("--fall-minutes", type=float, default=25.0, help="the same with --until")
