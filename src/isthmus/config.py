@@ -9,7 +9,6 @@ is the only reader of the environment. docs/configuration.md is generated from i
 
 import dataclasses
 import difflib
-import ipaddress
 import os
 import re
 import tomllib
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from isthmus.contracts.address import is_loopback
 from isthmus.contracts.errors import ConfigInvalid
 from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
 from isthmus.contracts.requests import MAX_DEADLINE_S
@@ -329,7 +329,7 @@ def _default_state_dir(environment: Mapping[str, str]) -> Path:
 
 def _check_together(settings: Settings, sources: Mapping[str, str]) -> None:
     """What no setting can be checked for alone."""
-    if not _is_loopback(settings.host):
+    if not is_loopback(settings.host):
         raise ConfigInvalid(
             f"host is {settings.host!r} ({sources['host']}): only loopback is served until there are API keys; use "
             "127.0.0.1 behind a tunnel or a proxy that authenticates"
@@ -348,15 +348,6 @@ def _check_together(settings: Settings, sources: Mapping[str, str]) -> None:
         raise ConfigInvalid(f"model_name ({sources['model_name']}) is over {MAX_MODEL_NAME_CHARS} characters")
     if settings.exact and settings.dtype not in ("auto", "f32"):
         raise ConfigInvalid(f"exact ({sources['exact']}) needs dtype f32, not {settings.dtype} ({sources['dtype']})")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def show_size(size: int) -> str:

@@ -69,7 +69,6 @@ def test_dynamic_ntk_matches_token_by_token_decoding_beyond_the_original_length(
     assert theirs == request.output
 
 
-@pytest.mark.skipif(not (EMBEDDED / "model.safetensors").exists(), reason="the embedded model is not there")
 def test_embedded_model_equals_transformers() -> None:
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
     runner = open_tiny(EMBEDDED, kv_bytes=1 << 26)

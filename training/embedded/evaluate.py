@@ -11,11 +11,11 @@ import datetime as dt
 import importlib.util
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.common import commit, machine
 from tokenizers import Tokenizer
 from torch import Tensor
 from training.embedded import probes
@@ -109,12 +109,12 @@ def main() -> None:
     latest = options.work / options.run / "latest.json"
     training = json.loads(latest.read_text()) if latest.exists() else {}
     training.pop("tensors", None)
-    machine: dict[str, Any] = {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    machine["torch"] = torch.__version__
     when = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     report = {
         "when": when,
-        "machine": machine,
+        "commit": commit(),
+        "machine": machine(),
+        "load_average": os.getloadavg(),
         "probes_each": options.count,
         "seed": 11,
         "training": training,

@@ -6,11 +6,11 @@ client waiting.
 """
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from email.utils import formatdate
 
+from isthmus.contracts.address import is_loopback
 from isthmus.contracts.errors import DeadlineExceeded, Draining, IsthmusError, Overloaded
 from isthmus.contracts.telemetry import Count
 from isthmus.gateway.connection import Connection
@@ -46,7 +46,7 @@ class Gateway:
         self._buffered = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._loopback = _is_loopback(settings.host)
+        self._loopback = is_loopback(settings.host)
 
     async def start(self) -> tuple[str, int]:
         """Bind and serve; the address bound. Raises `EngineFailed` before the engine is ready, `OSError` from bind."""
@@ -248,13 +248,3 @@ class Gateway:
 
     def _gauge(self) -> None:
         self._deps.metrics.connections(len(self._connections), self._in_flight)
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether `host` only takes connections from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
