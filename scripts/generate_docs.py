@@ -9,9 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     """Write both files; tests fail when they are not current."""
-    command = [sys.executable, "-m", "isthmus.cli.main", "config", "--markdown"]
-    markdown = subprocess.run(command, capture_output=True, check=True).stdout
-    (ROOT / "docs" / "configuration.md").write_bytes(markdown)
+    sources = {"configuration.md": ["isthmus", "config", "--markdown"], "openapi.json": ["isthmus.gateway.openapi"]}
+    for name, (module, *arguments) in sources.items():
+        command = [sys.executable, "-m", module, *arguments]
+        text = subprocess.run(command, capture_output=True, check=True).stdout
+        (ROOT / "docs" / name).write_bytes(text)
 
 
 if __name__ == "__main__":
