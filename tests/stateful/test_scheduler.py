@@ -2,7 +2,7 @@
 
 Promises: every request's output is what it would be alone, whatever arrives, is aborted, preempted, shared or drafted;
 nothing is computed over wrong or stale state (the runner raises); conservation after every call; every request ends
-exactly once; what is left at rest is only cache.
+exactly once; an engine with work always has a step to run; what is left at rest is only cache.
 """
 
 from hypothesis import HealthCheck, settings
@@ -98,6 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.stepping = self.core.begin_step()
         if not self.stepping:
             self.take(self.core.collect())
+            assert self.core.idle, "an engine with work always has a step: its loop sleeps otherwise"
 
     @precondition(lambda self: self.stepping)
     @rule()
@@ -135,7 +136,9 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(600):
             if self.core.idle:
                 break
-            self.take(self.core.step())
+            if not self.core.begin_step():
+                break
+            self.take(self.core.finish_step())
         self.take(self.core.collect())
         assert self.core.idle, "every request ends"
         assert set(self.ended) == set(self.requests)
