@@ -23,6 +23,14 @@ from isthmus.execution.inference.settings import SchedulerSettings
 SCOPES = [PrefixScope(Namespace(bytes([fill]) * 32), "fake") for fill in (1, 2)]
 
 
+STEM = [0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1]
+# Half of the prompts go on from a common stem, so that prefixes are often in flight when they are wanted.
+PROMPTS = st.one_of(
+    st.lists(st.integers(0, 1), min_size=1, max_size=14),
+    st.builds(lambda cut, tail: STEM[:cut] + tail, st.integers(6, 12), st.lists(st.integers(0, 1), max_size=2)),
+)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Random arrivals, aborts, deadlines and steps against the one-at-a-time reference."""
 
@@ -52,7 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.core is not None)
     @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14),
+        prompt=PROMPTS,
         max_tokens=st.integers(1, 10),
         scope=st.sampled_from(SCOPES),
         priority=st.integers(-2, 2),
