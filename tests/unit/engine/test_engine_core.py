@@ -133,16 +133,18 @@ def test_a_shared_prefix_in_flight_is_computed_once() -> None:
 
 
 def test_waiters_go_on_when_the_owner_of_the_prefix_is_aborted() -> None:
-    engine = Harness(blocks=32, max_batch_tokens=4)
+    engine = Harness(blocks=32, max_batch_tokens=20)
     shared = list(range(16))
     engine.submit("a", shared)
     engine.submit("b", shared)
-    engine.take(engine.core.step())
+    assert engine.core.begin_step()
+    assert engine.core.stats().dedup_waits == 1, "b waits for the blocks that a computes"
     engine.core.abort(make_request("a", [1]).request_id)
+    engine.take(engine.core.finish_step())
     engine.run()
     assert engine.finish("a") is Finish.ABORT
     assert engine.tokens["b"] == reference(shared, 0, 4, 50)
-    assert engine.cached["b"] == 4, "what the owner had computed is not computed again"
+    assert engine.cached["b"] == 12, "what the owner had computed is not computed again"
 
 
 def test_memory_pressure_preempts_and_outputs_stay_the_same() -> None:
@@ -282,7 +284,7 @@ def test_priority_decides_the_order_and_waiting_makes_up_for_it() -> None:
 
 
 @pytest.mark.parametrize("during_step", [False, True])
-@pytest.mark.parametrize("state", ["waiting", "blocked", "prefilling", "decoding", "preempted"])
+@pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "preempted"])
 def test_abort_in_every_state_frees_everything(state: str, during_step: bool) -> None:
     engine = Harness(
         blocks=6 if state == "preempted" else 32, max_running=1 if state == "waiting" else 4, max_batch_tokens=4
@@ -291,10 +293,6 @@ def test_abort_in_every_state_frees_everything(state: str, during_step: bool) ->
     if state == "waiting":
         engine.submit("other", [9], max_tokens=6)
         engine.submit("victim", [1, 2])
-        engine.take(engine.core.step())
-    elif state == "blocked":
-        engine.submit("other", shared, max_tokens=3)
-        engine.submit("victim", shared)
         engine.take(engine.core.step())
     elif state == "prefilling":
         engine.submit("victim", shared)
@@ -320,6 +318,23 @@ def test_abort_in_every_state_frees_everything(state: str, during_step: bool) ->
         engine.take(engine.core.collect())
     assert engine.finish("victim") is Finish.ABORT
     engine.run()
+    assert engine.core.stats().blocks_leased == 0
+
+
+def test_abort_of_a_request_that_waits_for_an_in_flight_prefix() -> None:
+    """The fifth state: blocked, which lasts while the owner's step is under way."""
+    engine = Harness(blocks=32, max_batch_tokens=20)
+    shared = list(range(16))
+    engine.submit("other", shared, max_tokens=3)
+    engine.submit("victim", shared)
+    assert engine.core.begin_step()
+    assert engine.core.stats().dedup_waits == 1
+    engine.core.abort(make_request("victim", [1]).request_id)
+    assert engine.core.stats().waiting == 0
+    engine.take(engine.core.finish_step())
+    assert engine.finish("victim") is Finish.ABORT
+    engine.run()
+    assert engine.finish("other") is Finish.LENGTH
     assert engine.core.stats().blocks_leased == 0
 
 
