@@ -5,7 +5,7 @@ import importlib
 
 from benchmarks.common import lock
 
-NAMES = ("parity", "exactness", "serving")
+NAMES = ("parity", "exactness", "serving", "structured", "snapshots")
 
 
 def main() -> None:

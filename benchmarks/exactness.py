@@ -10,9 +10,11 @@ import argparse
 import random
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
 from rich.progress import track
 from tests.support.tiny_models import make_model
 
@@ -25,28 +27,45 @@ from isthmus.execution.inference.runner import open_runner
 from isthmus.execution.inference.settings import EngineSettings
 
 EMBEDDED = "embedded"
-NAMES = (EMBEDDED, "llama-llama3", "qwen3-odd-tied-bias")
+NAMES = (
+    EMBEDDED,
+    "llama-llama3",
+    "qwen3-odd-tied-bias",
+    "qwen2-odd-tied-window-upper",
+    "mistral",
+    "qwen3-moe",
+    "qwen3-moe-window",
+    "qwen3-next",
+    "qwen3-next-dense-odd-tied",
+)
 LIBRARY = 300
 LONGEST = 200
 POOL_BLOCKS = 20
+STATE_SLOTS = 24
 
 
 def open_for(folder: Path, dtype: str, *, exact: bool) -> Runner:
-    """A runner whose small pool makes preemptions likely."""
+    """A runner whose small pools of blocks and state slots make preemptions and evictions likely."""
     probe = EngineSettings(model=str(folder), name="mix", dtype=dtype, exact=exact, kv_bytes=1 << 24)
     runner = open_runner(probe, lambda stage, fraction: None)
-    size = runner.info.block_bytes * POOL_BLOCKS
+    kv_bytes = max(runner.info.block_bytes * POOL_BLOCKS, 1 << 16)
+    states = runner.info.states
+    slots = STATE_SLOTS * states.state_bytes if states is not None else probe.state_bytes
     runner.close()
-    settings = EngineSettings(model=str(folder), name="mix", dtype=dtype, exact=exact, kv_bytes=max(size, 1 << 16))
-    return open_runner(settings, lambda stage, fraction: None)
+    return open_runner(structs.replace(probe, kv_bytes=kv_bytes, state_bytes=slots), lambda stage, fraction: None)
 
 
-def compare_exact(runner: Runner, items: list[Item], mixes: int, rng: random.Random) -> dict[str, Any]:
-    """Run mixes in exact mode; every difference is a failure."""
+def compare_exact(
+    runner: Runner, items: list[Item], mixes: int, rng: random.Random, *, crowded: bool = False
+) -> dict[str, Any]:
+    """Run mixes in exact mode; every difference is a failure. `crowded`: all at once, so that every mix preempts."""
     references: dict[int, Trace] = {}
     counts = {"mixes": 0, "requests": 0, "tokens": 0, "aborted": 0, "preemptions": 0, "different": 0}
     for _ in track(range(mixes), "exact"):
         mix = random_mix(rng, items)
+        if crowded:
+            settings = structs.replace(mix.settings, max_running=REQUESTS, max_batch_tokens=2048)
+            mix = replace(mix, settings=settings)
         traces, preemptions = run_mix(runner, mix)
         counts["mixes"] += 1
         counts["preemptions"] += preemptions

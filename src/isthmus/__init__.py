@@ -1,3 +1,3 @@
 """Isthmus: a state-first serving fabric for language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -22,8 +22,11 @@ from isthmus.contracts.errors import ConfigInvalid, ModelInvalid
 from isthmus.contracts.events import ModelInfo
 from isthmus.contracts.journal import LineageFact
 from isthmus.contracts.ports import Lineage
+from isthmus.contracts.sampling import OPENAI_DEFAULTS, SamplingDefaults
 from isthmus.execution.inference.client import EngineProcess
+from isthmus.execution.inference.grammar.settings import GrammarSettings
 from isthmus.execution.inference.settings import EngineSettings, SchedulerSettings
+from isthmus.execution.prompting.folder import read_sampling_defaults
 from isthmus.execution.prompting.pool import PoolSettings, PoolStats
 from isthmus.execution.prompting.service import FolderPrompting, PromptingSettings, open_prompting
 from isthmus.gateway.server import Gateway
@@ -136,7 +139,8 @@ async def open_server(settings: Settings, ui: ServeUi) -> AsyncIterator[Server]:
         log = JsonRequestLog(sys.stderr.buffer, dropped=metrics.log_dropped)
         stack.callback(log.close)
         namespace = derive_namespace(secret, DEFAULT_TENANT)
-        deps = GatewayDeps(engine, prompting, lineage, metrics, log, clock, entropy, namespace)
+        defaults = sampling_defaults(settings)
+        deps = GatewayDeps(engine, prompting, lineage, metrics, log, clock, entropy, namespace, defaults)
         gateway = Gateway(deps, gateway_settings(settings))
         stack.push_async_callback(gateway.close)
         try:
@@ -198,10 +202,21 @@ def engine_settings(settings: Settings) -> EngineSettings:
         exact=settings.exact,
         block_tokens=settings.block_tokens,
         kv_bytes=settings.kv_memory,
+        state_bytes=settings.state_memory,
         max_model_len=settings.max_model_len,
         threads=settings.threads,
         scheduler=scheduler,
+        grammar=GrammarSettings(
+            compile_s=settings.grammar_deadline_s,
+            step_s=settings.grammar_step_s,
+            memory_bytes=settings.grammar_memory,
+        ),
     )
+
+
+def sampling_defaults(settings: Settings) -> SamplingDefaults:
+    """What requests that say nothing about sampling get. Raises `ModelInvalid`."""
+    return read_sampling_defaults(settings.model_folder) if settings.sampling_defaults else OPENAI_DEFAULTS
 
 
 def prompting_settings(settings: Settings) -> PromptingSettings:
@@ -212,7 +227,9 @@ def prompting_settings(settings: Settings) -> PromptingSettings:
         deadline_s=settings.prompt_deadline_s,
         helper_memory_bytes=settings.prompt_memory,
     )
-    return PromptingSettings(pool, settings.max_prompt)
+    return PromptingSettings(
+        pool, settings.max_prompt, tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser
+    )
 
 
 def gateway_settings(settings: Settings) -> GatewaySettings:

@@ -80,6 +80,11 @@ class Settings:
         choices=("auto", "f32", "bf16", "f16"),
     )  # fmt: skip
     device: str = _setting("cpu", "Model", "text", "`cpu`, `cuda` or `cuda:<index>`.", pattern=r"cpu|cuda(:\d{1,3})?")
+    sampling_defaults: bool = _setting(
+        True, "Model", "switch",
+        "Where a request says nothing, sample as the model's `generation_config.json` says (temperature, top_k, top_p, "
+        "min_p, repetition_penalty); off: as OpenAI does.",
+    )  # fmt: skip
     exact: bool = _setting(
         False, "Model", "switch", "Bitwise equal logits for any batch, chunking or reuse (fp32, or refused)."
     )
@@ -89,6 +94,10 @@ class Settings:
     kv_memory: int = _setting(
         256 * MIB, "Engine", "size", "Memory of the block pool (the KV cache).", low=MIB, high=64 * 1024 * GIB
     )
+    state_memory: int = _setting(
+        256 * MIB, "Engine", "size", "Memory of the recurrent states of a hybrid model; others take none.",
+        low=MIB, high=16 * 1024 * GIB,
+    )  # fmt: skip
     block_tokens: int = _setting(16, "Engine", "integer", "Tokens a block.", low=1, high=1024)
     max_batch_tokens: int = _setting(
         2048, "Engine", "integer", "Tokens computed by one step; longer prompts go in chunks.", low=1, high=2**20
@@ -104,6 +113,17 @@ class Settings:
         0, "Engine", "integer", "Tokens guessed a step from repeated text in the request itself; 0 is off.", high=16
     )
     threads: int = _setting(0, "Engine", "integer", "Threads of the engine; 0 for one a core.", high=1024)
+    grammar_deadline_s: float = _setting(
+        5.0, "Engine", "number", "For the schema or grammar of a constrained output to be compiled.",
+        low=0.01, high=3600,
+    )  # fmt: skip
+    grammar_step_s: float = _setting(
+        2.0, "Engine", "number", "For a constrained output's next masks.", low=0.01, high=3600
+    )
+    grammar_memory: int = _setting(
+        GIB, "Engine", "size", "Memory that the grammar process may map beyond the interpreter.",
+        low=64 * MIB, high=64 * GIB,
+    )  # fmt: skip
     host: str = _setting("127.0.0.1", "Edge", "text", "Address to bind; loopback only until there are API keys.")
     port: int = _setting(8000, "Edge", "integer", "Port to bind; 0 takes a free one.", high=65_535)
     allowed_hosts: tuple[str, ...] = _setting(
@@ -154,6 +174,14 @@ class Settings:
         GIB, "Prompting", "size", "Memory that one helper may map beyond the interpreter.", low=64 * MIB, high=64 * GIB
     )
     max_prompt: int = _setting(8 * MIB, "Prompting", "size", "Text of one request, in UTF-8.", low=KIB, high=8 * MIB)
+    tool_parser: str = _setting(
+        "auto", "Prompting", "text", "How the model writes tool calls; `auto` goes by its chat template.",
+        choices=("auto", "hermes", "llama", "mistral", "none"),
+    )  # fmt: skip
+    reasoning_parser: str = _setting(
+        "auto", "Prompting", "text", "How the model sets its reasoning apart; `auto` goes by its chat template.",
+        choices=("auto", "think", "mistral", "none"),
+    )  # fmt: skip
     state_dir: str = _setting(
         "", "State", "path", "Where state is kept; empty for `$XDG_STATE_HOME/isthmus` (`~/.local/state/isthmus`)."
     )

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field, replace
 from blake3 import blake3
 
 from isthmus.contracts.clock import SystemClock
+from isthmus.contracts.constraints import Constraint, ConstraintKind
 from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.events import EngineStats, Finish, ModelInfo, RequestOutput, Timing, TokenLogprob
 from isthmus.contracts.ids import Namespace, RequestId
 from isthmus.contracts.journal import LineageFact
 from isthmus.contracts.layout import Codec, Dtype
-from isthmus.contracts.prompting import ChatMessage, Piece
+from isthmus.contracts.prompting import ChatMessage, ChatOptions, OutputParse, Piece, ToolDelta, ToolMode
 from isthmus.contracts.requests import EngineRequest
-from isthmus.contracts.sampling import TextParams
+from isthmus.contracts.sampling import OPENAI_DEFAULTS, SamplingDefaults, TextParams
 from isthmus.contracts.telemetry import RequestRecord
 from isthmus.gateway.server import Gateway
 from isthmus.gateway.service import GatewayDeps
@@ -67,7 +68,7 @@ class ByteAssembler:
                 place, stop = min(places)
                 end = place + (len(stop) if self.params.include_stop else 0)
                 out, self.held = self.held[:end], ""
-                return Piece(out, stopped=True)
+                return Piece(out, stopped=True, stop=stop)
         keep = 0
         if not final:
             for stop in self.params.stop:
@@ -79,8 +80,86 @@ class ByteAssembler:
         return Piece(out)
 
 
+class ChatAssembler:
+    """Tells `<think>reasoning</think>` and `<tool_call>name|arguments</tool_call>` from text, as they come."""
+
+    MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+    def __init__(self, params: TextParams, parse: OutputParse) -> None:
+        self.bytes = ByteAssembler(replace_stop(params))
+        self.text = ByteAssembler(params)
+        self.parse = parse
+        self.mode = "text"
+        self.held = ""
+        self.calls = -1
+        self.named = False
+
+    def feed(self, token_ids: Sequence[int]) -> Piece:
+        self.text.count += len(token_ids)
+        return self._take(self.bytes.feed(token_ids).text, final=False)
+
+    def finish(self) -> Piece:
+        return self._take(self.bytes.finish().text, final=True)
+
+    def _take(self, text: str, *, final: bool) -> Piece:
+        self.held += text
+        reasoning, said, calls, stopped, stop = "", "", [], False, ""
+        while self.held and not stopped:
+            mark = self._mark()
+            place = self.held.find(mark) if mark else -1
+            whole = place >= 0
+            if not whole:
+                place = len(self.held) - (0 if final else self._kept(mark))
+            part, self.held = self.held[:place], self.held[place + len(mark) if whole else place :]
+            if self.mode == "think":
+                reasoning += part
+            elif self.mode == "call":
+                calls += self._call(part)
+            else:
+                piece = self.text._take(part, final=False)
+                said, stopped, stop = said + piece.text, piece.stopped, piece.stop
+            if not whole:
+                break
+            self.mode = {"<think>": "think", "<tool_call>": "call"}.get(mark, "text")
+            if self.mode == "call":
+                self.calls, self.named = self.calls + 1, False
+        if final and not stopped:
+            piece = self.text._take("", final=True)
+            said, stopped, stop = said + piece.text, piece.stopped, piece.stop
+        return Piece(said, stopped, reasoning, tuple(calls), stop)
+
+    def _mark(self) -> str:
+        if self.mode == "text":
+            looked_for = [m for m, on in (("<think>", self.parse.reasoning), ("<tool_call>", self.parse.tools)) if on]
+            found = [mark for mark in looked_for if mark in self.held]
+            return min(found, key=self.held.find) if found else (looked_for or [""])[-1]
+        return "</think>" if self.mode == "think" else "</tool_call>"
+
+    def _kept(self, mark: str) -> int:
+        marks = (mark, "<think>") if self.mode == "text" and mark else (mark,)
+        sizes = [size for one in marks for size in range(len(one)) if self.held.endswith(one[:size])]
+        return max(sizes, default=0)
+
+    def _call(self, part: str) -> list[ToolDelta]:
+        if self.named:
+            return [ToolDelta(self.calls, None, part)] if part else []
+        name, bar, rest = part.partition("|")
+        if not bar:
+            self.held = part + self.held
+            return []
+        self.named = True
+        return [ToolDelta(self.calls, name), *([ToolDelta(self.calls, None, rest)] if rest else [])]
+
+
+def replace_stop(params: TextParams) -> TextParams:
+    return TextParams(skip_special_tokens=params.skip_special_tokens)
+
+
 class BytePrompting:
-    """One token a byte. `gate`, when set to an event, holds every encoding until it is set."""
+    """One token a byte. `gate`, when set to an event, holds every encoding until it is set.
+
+    `chats` and `constraints` are what it was asked; a demanded call is constrained to `call <names>`.
+    """
 
     def __init__(self, vocab_size: int = 259) -> None:
         self.vocab_size = vocab_size
@@ -88,10 +167,26 @@ class BytePrompting:
         self.waiting = 0
         self.cancelled = 0
         self.failure: Exception | None = None
+        self.refusal: InvalidInput | None = None
+        self.chats: list[tuple[list[ChatMessage], ChatOptions]] = []
+        self.constraints: list[tuple[ChatOptions, Constraint | None, tuple[int, ...]]] = []
+        self.parses: list[OutputParse | None] = []
 
-    async def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+    async def encode_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> list[int]:
+        options = options or ChatOptions()
+        self.chats.append((list(messages), options))
         text = "".join(f"<{m.role}>{m.content}\n" for m in messages)
-        return await self.encode(text + ("<assistant>" if add_generation_prompt else ""))
+        return await self.encode(text + ("<assistant>" if options.add_generation_prompt else ""))
+
+    def constraint(
+        self, options: ChatOptions, response: Constraint | None, prompt_tail: Sequence[int] = ()
+    ) -> Constraint | None:
+        self.constraints.append((options, response, tuple(prompt_tail)))
+        if self.refusal is not None:
+            raise self.refusal
+        if options.choice.mode not in (ToolMode.REQUIRED, ToolMode.NAMED):
+            return response
+        return Constraint(ConstraintKind.GRAMMAR, "call " + (options.choice.name or "any"))
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if self.failure is not None:
@@ -117,8 +212,9 @@ class BytePrompting:
             return f"<{token_id}>".encode()
         return bytes([token_id - OFFSET]) if token_id < OFFSET + 256 else b"?"
 
-    def assembler(self, params: TextParams) -> ByteAssembler:
-        return ByteAssembler(params)
+    def assembler(self, params: TextParams, parse: OutputParse | None = None) -> ByteAssembler | ChatAssembler:
+        self.parses.append(parse)
+        return ByteAssembler(params) if parse is None else ChatAssembler(params, parse)
 
     async def close(self) -> None:
         return None
@@ -250,7 +346,10 @@ class Site:
 
 @asynccontextmanager
 async def serving(
-    settings: GatewaySettings | None = None, engine: FakeEngine | None = None, prompting: BytePrompting | None = None
+    settings: GatewaySettings | None = None,
+    engine: FakeEngine | None = None,
+    prompting: BytePrompting | None = None,
+    defaults: SamplingDefaults = OPENAI_DEFAULTS,
 ) -> AsyncIterator[Site]:
     """A gateway on a free loopback port."""
     engine = engine or FakeEngine(model_info())
@@ -258,7 +357,7 @@ async def serving(
     kept, metrics = Records(), PrometheusMetrics(engine.info.name)
     deps = GatewayDeps(
         engine=engine, prompting=prompting, lineage=kept, metrics=metrics, log=kept, clock=SystemClock(),
-        entropy=CountingEntropy(), namespace=Namespace(b"n" * 32),
+        entropy=CountingEntropy(), namespace=Namespace(b"n" * 32), defaults=defaults,
     )  # fmt: skip
     gateway = Gateway(deps, replace(settings or GatewaySettings(), port=0))
     host, port = await gateway.start()

@@ -6,6 +6,7 @@ That is what it is for: tests of state run on behaviour, not on perplexity.
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 from tests.support.tiny_models import Request, generate, greedy, open_tiny
@@ -32,48 +33,77 @@ def runner() -> Iterator[TorchRunner]:
     made.close()
 
 
-def conversations(count: int) -> list[tuple[str, list[int], list[int]]]:
-    """Passkeys, the conversation that ends by asking for each, and the tokens up to where it was told."""
+@dataclass(frozen=True)
+class Told:
+    """A conversation that tells a passkey and ends by asking for it, and the one block that holds all its digits."""
 
-    async def encode(prompting: FolderPrompting) -> list[tuple[str, list[int], list[int]]]:
+    key: str
+    prompt: list[int]
+    block: int
+
+
+def conversations(count: int, block_tokens: int) -> list[Told]:
+    """Conversations of one shape and different passkeys."""
+
+    async def tell(prompting: FolderPrompting, key: str, opening: str) -> Told | None:
+        messages = [
+            ChatMessage("user", f"{opening}The pass key is {key}. Remember it."),
+            ChatMessage("assistant", "I will remember that."),
+        ]
+        for question, answer in FILLER:
+            messages += [ChatMessage("user", question), ChatMessage("assistant", answer)]
+        prompt = await prompting.encode_chat([*messages, ChatMessage("user", "What is the pass key?")])
+        first = next(at for at in range(len(prompt)) if text(prompting, prompt[at : at + len(key)]) == key)
+        block = first // block_tokens
+        return Told(key, prompt, block) if (first + len(key) - 1) // block_tokens == block else None
+
+    async def encode(prompting: FolderPrompting) -> list[Told]:
         await prompting.start()
-        found = []
         rng = random.Random(4)
+        openings = ["", "Hello! ", "Please listen to me now. ", "Good morning to you. I have something to tell. "]
+        made = []
         for _ in range(count):
             key = str(rng.randint(10_000, 99_999))
-            told = [ChatMessage("user", f"The pass key is {key}. Remember it.")]
-            messages = [*told, ChatMessage("assistant", f"I will remember that the pass key is {key}.")]
-            start = await prompting.encode_chat(messages, add_generation_prompt=False)
-            for question, answer in FILLER:
-                messages += [ChatMessage("user", question), ChatMessage("assistant", answer)]
-            messages.append(ChatMessage("user", "What is the pass key?"))
-            found.append((key, await prompting.encode_chat(messages), start))
+            # The digits may lie across two blocks; a longer opening moves them into one.
+            tries = [await tell(prompting, key, opening) for opening in openings]
+            made.append(next(told for told in tries if told is not None))
         await prompting.close()
-        return found
+        return made
 
     prompting = open_prompting(Settings().model_folder, PromptingSettings(), SystemClock())
     return asyncio.run(encode(prompting))
 
 
-def answers(runner: TorchRunner, *, damage: bool) -> int:
-    """How many of the passkeys are told back, with the blocks that hold the key zeroed or not."""
+def text(prompting: FolderPrompting, tokens: list[int]) -> str:
+    return b"".join(prompting.token_bytes(token) for token in tokens).decode(errors="replace")
+
+
+def answers(runner: TorchRunner, damage: str) -> int:
+    """How many of the passkeys are told back, the one block that holds each left alone, zeroed, or swapped.
+
+    Swapped: it holds the state of the same place of the conversation before, which told another passkey.
+    """
     prompting = open_prompting(Settings().model_folder, PromptingSettings(), SystemClock())
-    right = 0
-    for key, prompt, told in conversations(TRIES):
-        size = runner.info.block_tokens
-        blocks = list(range(-(-(len(prompt) + 24) // size)))
-        request = Request("r", prompt, blocks, greedy())
-        first = request.slice(len(prompt) - 8)
+    right, other = 0, b""
+    size = runner.info.block_tokens
+    cases = conversations(TRIES + 1, size)
+    for number, told in enumerate(cases):
+        blocks = list(range(-(-(len(told.prompt) + 24) // size)))
+        request = Request("r", told.prompt, blocks, greedy())
+        first = request.slice(len(told.prompt) - 8)
         request.take(first, runner.execute(Batch([first])).result().slices[0])
-        if damage:
-            for block in blocks[: -(-len(told) // size)]:
-                runner.write_block(block, bytes(runner.info.block_bytes))
+        own = runner.read_block(told.block)
+        if damage == "zeroed":
+            runner.write_block(told.block, bytes(runner.info.block_bytes))
+        elif damage == "swapped" and number:
+            runner.write_block(told.block, other)
+        other = own
         generate(runner, [request], 16)
-        text = b"".join(prompting.token_bytes(token) for token in request.output).decode(errors="replace")
-        right += key in text
+        right += number > 0 and told.key in text(prompting, request.output)
     return right
 
 
-def test_passkeys_are_recalled_and_one_wiped_passage_breaks_it(runner: TorchRunner) -> None:
-    assert answers(runner, damage=False) >= TRIES - 1
-    assert answers(runner, damage=True) <= 1
+def test_passkeys_are_recalled_and_one_wrong_block_breaks_it(runner: TorchRunner) -> None:
+    assert answers(runner, "none") >= TRIES - 1
+    assert answers(runner, "zeroed") <= 1
+    assert answers(runner, "swapped") <= 1

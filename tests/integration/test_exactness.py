@@ -10,7 +10,7 @@ import pytest
 from benchmarks.exactness import NAMES, compare_default, compare_exact, make_folder, open_for
 from benchmarks.mixes import library
 
-MIXES = 3
+MIXES = {"embedded": 3, "llama-llama3": 3, "qwen3-odd-tied-bias": 3}
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +23,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_logits_are_bitwise_those_of_each_request_alone(folders: dict[str, Path], name: str) -> None:
     rng = random.Random(name)
     runner = open_for(folders[name], "f32", exact=True)
-    counts = compare_exact(runner, library(rng, runner.info.vocab_size, 60, 160), MIXES, rng)
+    mixes = MIXES.get(name, 1)
+    counts = compare_exact(runner, library(rng, runner.info.vocab_size, 16, 100), mixes, rng, crowded=True)
     runner.close()
     assert counts["different"] == 0
-    assert counts["requests"] == MIXES * 32
+    assert counts["requests"] == mixes * 32
     assert counts["preemptions"] > 0, "the mixes are meant to preempt"
-    assert counts["aborted"] > 0
+    assert counts["aborted"] > 0 or mixes == 1, "three mixes are meant to abort something"
 
 
 def test_default_mode_differs_only_where_the_two_best_are_close(folders: dict[str, Path]) -> None:
     rng = random.Random(5)
     runner = open_for(folders["llama-llama3"], "f32", exact=False)
-    counts = compare_default(runner, library(rng, runner.info.vocab_size, 60, 160), MIXES, rng)
+    counts = compare_default(runner, library(rng, runner.info.vocab_size, 60, 160), 3, rng)
     runner.close()
     assert counts["divergences_over_epsilon"] == 0
 

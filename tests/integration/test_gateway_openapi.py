@@ -84,4 +84,4 @@ def test_schemathesis_finds_no_violation(tmp_path: Path) -> None:
             cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "Tested: 10" in done.stdout
+    assert "Tested: 12" in done.stdout

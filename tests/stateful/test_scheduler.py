@@ -2,23 +2,24 @@
 
 Promises: every request's output is what it would be alone, whatever arrives, is aborted, preempted, shared or drafted;
 nothing is computed over wrong or stale state (the runner raises); conservation after every call; every request ends
-exactly once; an engine with work always has a step to run; what is left at rest is only cache.
+exactly once; an engine with work always has a step to run; what is left at rest is only cache. The same for a hybrid
+model, whose runner keeps a hash chain over the tokens in state slots: a wrong source or capture gives other tokens.
 """
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.support.fake_runner import FakeRunner, fake_info, reference
+from tests.support.fake_runner import FakeRunner, fake_info, fake_states, reference
 from tests.support.requests import make_request
 from tests.support.scale import examples
 
 from isthmus.contracts.clock import ManualClock
-from isthmus.contracts.events import Finish, RequestOutput
+from isthmus.contracts.events import Finish, RequestOutput, StateInfo
 from isthmus.contracts.ids import Namespace, RequestId
 from isthmus.contracts.keys import PrefixScope
 from isthmus.contracts.requests import EngineRequest, Work
 from isthmus.execution.inference.engine import EngineCore
-from isthmus.execution.inference.settings import SchedulerSettings
+from isthmus.execution.inference.settings import SNAPSHOT_POLICIES, SchedulerSettings
 
 SCOPES = [PrefixScope(Namespace(bytes([fill]) * 32), "fake") for fill in (1, 2)]
 
@@ -51,12 +52,30 @@ class EngineMachine(RuleBasedStateMachine):
         drafts=st.integers(0, 3),
     )
     def start(self, blocks: int, budget: int, running: int, waiting: int, drafts: int) -> None:
+        self.open(blocks, budget, running, waiting, drafts)
+
+    def open(
+        self,
+        blocks: int,
+        budget: int,
+        running: int,
+        waiting: int,
+        drafts: int,
+        states: StateInfo | None = None,
+        policy: str = "turns",
+    ) -> None:
         self.clock = ManualClock()
-        runner = FakeRunner(fake_info(blocks, block_tokens=3, vocab=2, max_len=24))
+        self.hybrid = states is not None
+        self.runner = FakeRunner(fake_info(blocks, block_tokens=3, vocab=2, max_len=24, states=states))
         limits = SchedulerSettings(
-            max_batch_tokens=budget, max_running=running, max_waiting=waiting, draft_tokens=drafts, ageing_s=1.0
+            max_batch_tokens=budget,
+            max_running=running,
+            max_waiting=waiting,
+            draft_tokens=drafts,
+            ageing_s=1.0,
+            snapshots=policy,
         )
-        self.core = EngineCore(runner, limits, self.clock)
+        self.core = EngineCore(self.runner, limits, self.clock)
 
     @precondition(lambda self: self.core is not None)
     @rule(
@@ -78,10 +97,34 @@ class EngineMachine(RuleBasedStateMachine):
         work: Work,
         resumed: int,
     ) -> None:
+        self.send(prompt, max_tokens, scope, priority, deadline, work, resumed)
+
+    @precondition(lambda self: self.core is not None and len(self.ended) > 0)
+    @rule(data=st.data(), tail=st.lists(st.integers(0, 1), max_size=3), cut=st.integers(0, 4))
+    def follow_up(self, data: st.DataObject, tail: list[int], cut: int) -> None:
+        """The next turn of a request that ended, a retry of it, or a fork from somewhere before its end."""
+        name = data.draw(st.sampled_from(sorted(self.ended)))
+        request = self.requests[name]
+        tokens = [*request.prompt_ids, *self.tokens[name]]
+        prompt = [*tokens[: max(1, len(tokens) - cut)], *tail][:20]
+        self.send(prompt, 6, request.scope, 0, None, Work.GENERATE, 0)
+
+    def send(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        scope: PrefixScope,
+        priority: int,
+        deadline: float | None,
+        work: Work,
+        resumed: int,
+    ) -> None:
         assert self.core is not None
         name = f"r{len(self.requests)}"
         resumed = min(resumed, max_tokens - 1) if work is Work.GENERATE else 0
-        output = reference(prompt, 7, resumed, 2)
+        output = self.alone(prompt, resumed)
+        if work is Work.PREFILL:
+            self.runner.prompt_ends.add(len(prompt))
         request = make_request(
             name, prompt, max_tokens, 7, work, output, priority=priority, deadline_s=deadline, scope=scope
         )
@@ -90,6 +133,9 @@ class EngineMachine(RuleBasedStateMachine):
         refused = self.core.submit(request)
         if refused is not None:
             self.take([refused])
+
+    def alone(self, prompt: list[int], count: int) -> list[int]:
+        return reference(prompt, 7, count, 2, hybrid=self.hybrid)
 
     @precondition(lambda self: self.core is not None and len(self.requests) > 0)
     @rule(data=st.data())
@@ -129,12 +175,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.core.check()
             stats = self.core.stats()
             assert stats.blocks_free + stats.blocks_cached + stats.blocks_leased == stats.blocks_total
+            assert stats.states_free + stats.states_cached + stats.states_leased == stats.states_total
 
     @invariant()
     def outputs_are_those_of_each_request_alone(self) -> None:
         for name, tokens in self.tokens.items():
             request = self.requests[name]
-            assert tokens == reference(request.prompt_ids, 7, len(tokens), 2)
+            assert tokens == self.alone(list(request.prompt_ids), len(tokens))
 
     def teardown(self) -> None:
         if self.core is None:
@@ -151,7 +198,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.core.idle, "every request ends"
         assert set(self.ended) == set(self.requests)
         self.core.check()
-        assert self.core.stats().blocks_leased == 0
+        assert self.core.stats().blocks_leased == self.core.stats().states_leased == 0
         for name, finish in self.ended.items():
             request = self.requests[name]
             if finish is Finish.LENGTH:
@@ -159,7 +206,30 @@ class EngineMachine(RuleBasedStateMachine):
                 assert len(self.tokens[name]) == min(request.sampling.max_tokens, room)
 
 
-TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(
+class HybridMachine(EngineMachine):
+    """The same with a recurrent state: few slots, any policy, grids that fall on block boundaries and between."""
+
+    @precondition(lambda self: self.core is None)
+    @rule(
+        blocks=st.integers(4, 12),
+        budget=st.integers(4, 12),
+        running=st.integers(1, 4),
+        waiting=st.integers(1, 6),
+        drafts=st.integers(0, 3),
+        slots=st.integers(1, 14),
+        grid=st.sampled_from([2, 3, 6, 12]),
+        policy=st.sampled_from(["turns", *SNAPSHOT_POLICIES]),
+    )
+    def start(
+        self, blocks: int, budget: int, running: int, waiting: int, drafts: int, slots: int, grid: int, policy: str
+    ) -> None:
+        self.open(blocks, budget, running, waiting, drafts, fake_states(slots, grid), policy)
+
+
+LIMITS = settings(
     max_examples=examples(150, 1000), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = LIMITS
+TestHybrid = HybridMachine.TestCase
+TestHybrid.settings = LIMITS

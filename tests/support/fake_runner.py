@@ -3,6 +3,10 @@
 Each KV slot remembers the token and position written to it. Before computing a slice the fake verifies that the blocks
 hold exactly the sequence's own tokens for every position below the slice: a wrong, stale or unwritten block is an
 error. The next token is a function of all tokens read *through the block table*, so an output also depends on it.
+
+With `states` in its info the fake is hybrid: its recurrent state is a hash chain over the tokens, kept in slots, and
+the next token is a function of it, too. A slot remembers its position, and a wrong one is an error; a state of other
+tokens gives other outputs from there on. It also holds the scheduler to the contract of `StateWork` and to the grid.
 """
 
 from collections.abc import Callable
@@ -10,17 +14,24 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from isthmus.contracts.events import ModelInfo
+from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import Codec, Dtype
 from isthmus.execution.inference.batch import Batch, SequenceSlice, SliceResult, StepResult
 
+EMPTY = bytes(32)
+
 
 class WrongState(Exception):
-    """A block does not hold what the sequence needs."""
+    """A block or a slot does not hold what the sequence needs, or the scheduler breaks a rule."""
 
 
 def fake_info(
-    blocks: int = 16, block_tokens: int = 4, vocab: int = 2, max_len: int = 64, exact: bool = True
+    blocks: int = 16,
+    block_tokens: int = 4,
+    vocab: int = 2,
+    max_len: int = 64,
+    exact: bool = True,
+    states: StateInfo | None = None,
 ) -> ModelInfo:
     return ModelInfo(
         name="fake",
@@ -40,20 +51,34 @@ def fake_info(
         blocks=blocks,
         codec=Codec.RAW,
         eos_token_ids=[],
+        states=states,
     )
 
 
-def next_token(tokens: list[int], seed: int, vocab: int) -> int:
-    """What the fake model says after `tokens`."""
+def fake_states(slots: int, grid: int = 6) -> StateInfo:
+    return StateInfo(slots, 32, grid)
+
+
+def advance_state(state: bytes, tokens: list[int]) -> bytes:
+    """The fake's recurrence."""
+    for token in tokens:
+        state = blake3(state + token.to_bytes(4, "little")).digest()
+    return state
+
+
+def next_token(tokens: list[int], seed: int, vocab: int, state: bytes = b"") -> int:
+    """What the fake model says after `tokens`, with its recurrent `state` if it has one."""
     text = b",".join(str(token).encode() for token in tokens)
-    return blake3(text + b"|" + str(seed).encode()).digest()[0] % vocab
+    return blake3(text + b"|" + str(seed).encode() + state).digest()[0] % vocab
 
 
-def reference(prompt: list[int], seed: int, count: int, vocab: int) -> list[int]:
+def reference(prompt: list[int], seed: int, count: int, vocab: int, *, hybrid: bool = False) -> list[int]:
     """The first `count` output tokens of a request, computed alone."""
     tokens = list(prompt)
+    state = advance_state(EMPTY, tokens) if hybrid else b""
     for _ in range(count):
-        tokens.append(next_token(tokens, seed, vocab))
+        tokens.append(next_token(tokens, seed, vocab, state))
+        state = advance_state(state, tokens[-1:]) if hybrid else b""
     return tokens[len(prompt) :]
 
 
@@ -64,11 +89,14 @@ class FakeRunner:
     info: ModelInfo = field(default_factory=fake_info)
     on_execute: Callable[[Batch], None] = lambda batch: None
     computed_slots: int = 0
+    prompt_ends: set[int] = field(default_factory=set)
+    """Lengths of prompts that are only prefilled: their last chunk samples nothing."""
 
     def __post_init__(self) -> None:
         self.memory: list[list[tuple[int, int] | None]] = [
             [None] * self.info.block_tokens for _ in range(self.info.blocks)
         ]
+        self.slots: dict[int, tuple[int, bytes]] = {}
         self.batches: list[Batch] = []
         self.prefilled: list[tuple[tuple[int, ...], str]] = []
 
@@ -78,11 +106,57 @@ class FakeRunner:
         written = [block for part in batch.slices for block in self._own_blocks(part)]
         if len(written) != len(set(written)):
             raise WrongState("two slices of a step write the same block")
+        if self.info.states is not None:
+            self._check_states(batch, self.info.states)
         return FakeHandle(self, batch)
 
     def _own_blocks(self, part: SequenceSlice) -> list[int]:
         size = self.info.block_tokens
         return list(part.blocks[part.start // size : -(-part.end // size)])
+
+    def _check_states(self, batch: Batch, states: StateInfo) -> None:
+        """The rules of `StateWork`, and the grid: a chunk ends on it or is the last before a token is sampled."""
+        writers: dict[int, str] = {}
+        for part in batch.slices:
+            work = part.state
+            if work is None:
+                raise WrongState("a slice without its work on states")
+            ends = [capture.end for capture in work.captures]
+            if ends != sorted(set(ends)) or not ends or ends[0] <= part.start or ends[-1] != part.end:
+                raise WrongState(f"captures at {ends} of a slice from {part.start} to {part.end}")
+            for capture in work.captures:
+                if not 0 <= capture.slot < states.slots or capture.slot in writers:
+                    raise WrongState(f"slot {capture.slot} is written twice or does not exist")
+                writers[capture.slot] = part.request_id
+            if work.source in [capture.slot for capture in work.captures[:-1]]:
+                raise WrongState("the source is overwritten before the end of the slice")
+            if part.drafts and ends[-part.drafts - 1 :] != list(range(part.end - part.drafts, part.end + 1)):
+                raise WrongState("no state after some of the drafts")
+            whole = self.ends_known(part)
+            if part.end % states.grid_tokens and not whole:
+                raise WrongState(f"a chunk ends at {part.end}, off the grid")
+        for part in batch.slices:
+            if part.state is not None and writers.get(part.state.source, part.request_id) != part.request_id:
+                raise WrongState("a slot is read by one slice and written by another")
+
+    def ends_known(self, part: SequenceSlice) -> bool:
+        """Whether a slice reaches the last known token: it samples, gives a hidden state, or ends a prompt."""
+        return part.sample is not None or part.hidden or part.end in self.prompt_ends
+
+    def _states(self, part: SequenceSlice) -> list[bytes]:
+        """The states after each position from `start` on; the one at `start` first. Captures what is asked for."""
+        work = part.state
+        if work is None:
+            return [b""] * (len(part.token_ids) + 1)
+        position, state = (0, EMPTY) if work.source is None else self.slots[work.source]
+        if position != part.start:
+            raise WrongState(f"the source of {part.request_id} is the state after {position}, not {part.start}")
+        states = [state]
+        for token in part.token_ids:
+            states.append(advance_state(states[-1], [token]))
+        for capture in work.captures:
+            self.slots[capture.slot] = (capture.end, states[capture.end - part.start])
+        return states
 
     def compute(self, part: SequenceSlice) -> SliceResult:
         size = self.info.block_tokens
@@ -99,6 +173,7 @@ class FakeRunner:
             if slot is None or slot[0] != position:
                 raise WrongState(f"position {position} of {part.request_id} holds {slot}")
         tokens = [slot[1] for slot in read if slot is not None]
+        states = self._states(part)
         hidden = len(tokens).to_bytes(4, "little") if part.hidden else None
         if part.sample is None:
             return SliceResult(hidden=hidden)
@@ -109,7 +184,7 @@ class FakeRunner:
         out: list[int] = []
         for index in range(part.drafts + 1):
             seen = tokens[: part.end - part.drafts + index]
-            out.append(next_token(seen, seed, vocab))
+            out.append(next_token(seen, seed, vocab, states[len(seen) - part.start]))
             if index < part.drafts and part.token_ids[len(part.token_ids) - part.drafts + index] != out[-1]:
                 break
         digests = [bytes([token]) * 32 for token in out] if part.sample.digest else None
@@ -120,6 +195,12 @@ class FakeRunner:
 
     def write_block(self, block: int, record: bytes) -> None:
         raise WrongState("the engine core does not write blocks")
+
+    def read_state(self, slot: int) -> bytes:
+        return self.slots[slot][1]
+
+    def write_state(self, slot: int, record: bytes) -> None:
+        raise WrongState("the engine core does not write states")
 
     def close(self) -> None:
         pass

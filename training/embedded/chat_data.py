@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import tomllib
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import Any
 
 from training.embedded.chat_render import Message, Renderer
 from training.embedded.chat_tasks import SYSTEMS, Turn, small_talk, task
-from training.embedded.chat_tools import with_tools
 from training.embedded.recall import digits, keys, value
 from training.embedded.world import World
 
@@ -50,6 +50,7 @@ class Conversation:
         return sum(len(m["content"]) + 10 for m in self.messages)
 
 
+@functools.cache
 def load_facts() -> list[dict[str, Any]]:
     """The kinds of facts that a user may tell."""
     found: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("facts.toml").read_text())["fact"]
@@ -114,7 +115,8 @@ def _give_table(world: World, rng: random.Random, talk: Conversation, room: int)
     """The user gives pairs to remember, at times with a text after them, and may ask at once."""
     count = rng.randint(2, max(2, min(12, room // 40)))
     talk.table = {k: value(world, rng) for k in keys(world, rng, count)}
-    form, between = rng.choice(_TABLE_FORMS), rng.choice(["\n", "\n", " ", ", "])
+    form = rng.choice(_TABLE_FORMS)
+    between = rng.choice(["\n", "\n", " ", " " if form.endswith(".") else ", "])
     text = between.join(form.format(k=k, v=v) for k, v in talk.table.items())
     text = rng.choice(["", "", "Remember these: ", "Here is a table:\n", "Please remember:\n", "Context:\n"]) + text
     if room > 400 and rng.random() < 0.4:
@@ -190,6 +192,4 @@ def conversation(world: World, rng: random.Random, facts: list[dict[str, Any]], 
 
 def lesson(world: World, rng: random.Random, facts: list[dict[str, Any]], renderer: Renderer, size: int) -> str:
     """One conversation as marked text."""
-    if rng.random() < 0.06:
-        return renderer.lesson(*with_tools(world, rng))
     return renderer.lesson(conversation(world, rng, facts, size))

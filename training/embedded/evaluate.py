@@ -1,7 +1,7 @@
-"""Measures the exported folder and writes the figures, and a transcript, as JSON.
+"""Measures an exported folder and writes the figures, and a transcript, as JSON.
 
-With ``transformers`` installed, it also checks that it loads the folder and
-decodes the same tokens as the training model.
+With ``transformers`` installed, it also checks that it loads the folder, renders conversations and decodes tokens as
+the training model does. Figures of several models share one file, a section for each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import datetime as dt
 import importlib.util
 import json
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +20,32 @@ import torch
 from benchmarks.common import commit, machine
 from tokenizers import Tokenizer
 from torch import Tensor
-from training.embedded import probes
-from training.embedded.chat_render import Message, Renderer
+from training.embedded import chat_calls, probes
+from training.embedded.chat_render import Message, Renderer, Tool
 from training.embedded.generate import greedy, load_exported
-from training.embedded.model import Llama
-from training.embedded.pools import DOCS, read_pool
-from training.embedded.world import load_world
+from training.embedded.models import KINDS, Network
+from training.embedded.pools import DOCS, parse_marks, read_pool, weigh
+from training.embedded.transcript import EXCHANGES, transcript
+from training.embedded.world import World, load_world
 
-_EXCHANGES: tuple[tuple[str, ...], ...] = (
-    ("Hello!", "Who are you?", "What can you do?", "Thank you!"),
-    ("My name is Greta and I live in Porto.", "What is 3 + 4?", "Where do I live?", "What is my name?"),
-    ("The pass key is 48213. Remember it.", "What is a dog?", "What is the pass key?"),
-    ("Remember these: Falcon: 7719, Comet: 3054, Willow: 8826", "What is the value of Comet?"),
-    ("What is the capital of Portugal?", "Who won the election?"),
-    ("What is a database?", "Count from 3 to 9.", "Spell harbor."),
-    ("Repeat after me: the quiet fox crossed the narrow bridge.",),
-    ("Tell me about cats.", "Name three colours."),
-    ("Tell me a story about an otter.",),
-    ("I am tired today.", "Goodbye!"),
-)
+SEED = 11
+LENGTHS = (256, 512, 1024)
+_SKILL_LENGTH = 512
+_MOST = 120  # tokens of a generated answer
+
+Speak = Callable[[list[Message], list[Tool]], str]
 
 
-def transcript(model: Llama, tokenizer: Tokenizer, stops: set[int]) -> list[list[Message]]:
-    """The sample exchanges, answered greedily."""
-    renderer, found = Renderer(), []
-    for turns in _EXCHANGES:
-        messages: list[Message] = []
-        for turn in turns:
-            messages.append({"role": "user", "content": turn})
-            prompt = tokenizer.encode(renderer.prompt(messages)).ids
-            answer = tokenizer.decode(greedy(model, prompt, 120, stops))
-            messages.append({"role": "assistant", "content": answer})
-        found.append(messages)
-    return found
-
-
-def parity(folder: Path, model: Llama, tokenizer: Tokenizer) -> dict[str, Any]:
+def parity(folder: Path, model: Network, tokenizer: Tokenizer) -> dict[str, Any]:
     """Whether ``transformers`` decodes the same tokens from the same folder, and how far its logits are."""
     if importlib.util.find_spec("transformers") is None:
         return {"checked": False}
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     other: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    unused = tokenizer.token_to_id("<|reserved_0|>")
+    unused = tokenizer.token_to_id("<|reserved_4|>")
     renderer, other_tokenizer, same, distance = Renderer(), AutoTokenizer.from_pretrained(folder), 0, 0.0
-    for turns in _EXCHANGES:
+    for turns in EXCHANGES:
         messages = [{"role": "user", "content": turns[0]}]
         ids = tokenizer.encode(renderer.prompt(messages)).ids
         text = other_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -72,57 +55,133 @@ def parity(folder: Path, model: Llama, tokenizer: Tokenizer) -> dict[str, Any]:
         same += made[0, len(ids) :].tolist() == greedy(model, ids, 40, set())
         with torch.no_grad():
             distance = max(distance, float((other(made).logits - model(made)).abs().max()))
-    return {"checked": True, "prompts": len(_EXCHANGES), "same_tokens": same, "largest_logit_difference": distance}
+    return {"checked": True, "prompts": len(EXCHANGES), "same_tokens": same, "largest_logit_difference": distance}
 
 
-def measure(folder: Path, work: Path, count: int) -> dict[str, Any]:
-    """Every figure of the model card."""
-    model, tokenizer = load_exported(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
-    world, pool = load_world(work, held_out=True), read_pool(work / "pools", f"{DOCS}-held-out")
+def _positions(tokenizer: Tokenizer, marked: str) -> probes.Fitted:
+    text, spans = parse_marks("<|bos|>" + marked)
+    encoding = tokenizer.encode(text)
+    return encoding.ids, [at for at, weight in enumerate(weigh(encoding.offsets, spans, 1, 0)) if weight]
+
+
+def uses_result(world: World, tokenizer: Tokenizer, logits: probes.Logits, speak: Speak, count: int) -> float:
+    """The share of final answers that tell every value which the tool returned, however they are worded.
+
+    An answer that is exact is one of them; only the others are generated.
+    """
+    rng, renderer = random.Random(SEED), Renderer()
+    cases: list[probes.Called] = []
+    while len(cases) < count:
+        case = probes.called(world, rng)
+        if case.values:
+            cases.append(case)
+    made = [_positions(tokenizer, probes.last_turn(renderer, c.talk.messages, c.talk.tools())) for c in cases]
+    right = 0
+    for case, (ids, answer), best in zip(cases, made, probes.hits(made, logits), strict=True):
+        exact = best == [ids[position] for position in answer]
+        said = "" if exact else speak(case.talk.messages[:-1], case.talk.tools())
+        right += exact or all(value in said for value in case.values)
+    return right / count
+
+
+def two_tools(world: World, tokenizer: Tokenizer, logits: probes.Logits, count: int) -> float:
+    """The share of conversations with two dependent tools in which all three turns of the assistant are exact.
+
+    Each turn is asked for after the right ones, so that greedy decoding would have written the whole.
+    """
+    rng, renderer, right = random.Random(SEED), Renderer(), 0
+    for _ in range(count):
+        talk = chat_calls.chained(world, rng)
+        made = [
+            _positions(tokenizer, probes.last_turn(renderer, talk.messages[:turns], talk.tools()))
+            for turns in (2, 4, 6)
+        ]
+        found = probes.hits(made, logits)
+        right += all(best == [ids[p] for p in answer] for (ids, answer), best in zip(made, found, strict=True))
+    return right / count
+
+
+def figures(folder: Path, model: Network, work: Path, pools: str, count: int) -> dict[str, Any]:
+    """Every figure of one model in the model card."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    world, pool = load_world(work, held_out=True), read_pool(work / pools, f"{DOCS}-held-out")
     stops = set(json.loads((folder / "generation_config.json").read_text())["eos_token_id"])
+    renderer = Renderer()
 
     def logits(tokens: Tensor) -> Tensor:
         out: Tensor = model(tokens)
         return out
 
+    def speak(messages: list[Message], tools: list[Tool]) -> str:
+        prompt = tokenizer.encode(renderer.prompt(messages, tools)).ids
+        return str(tokenizer.decode(greedy(model, prompt, _MOST, stops)))
+
     found: dict[str, Any] = {"bits_per_byte": round(probes.bits_per_byte(pool, tokenizer, logits, 1024, 100), 4)}
-    for name, probe in probes.PROBES.items():
-        for length in (256, 512, 1024):
-            answered = probes.ask(probe, world, tokenizer, logits, length, count, seed=11)
-            found[f"{name}@{length}"] = {"exact": answered.exact, "tokens": round(answered.tokens, 4)}
-            print(name, length, answered, flush=True)
-    same, talks = parity(folder, model, tokenizer), transcript(model, tokenizer, stops)
-    return {"figures": found, "parity": same, "transcript": talks}
+    asked = [(f"{name}@{length}", probe, length) for name, probe in probes.PROBES.items() for length in LENGTHS]
+    asked += [(name, probe, _SKILL_LENGTH) for name, probe in probes.SKILLS.items()]
+    for name, probe, length in asked:
+        answered = probes.ask(probe, world, tokenizer, logits, length, count, seed=SEED)
+        found[name] = {"exact": answered.exact, "tokens": round(answered.tokens, 4)}
+        if name == "passage":
+            found["passage_false_refusals"] = answered.refused
+        print(name, answered, flush=True)
+    found["tool_answer_uses_result"] = uses_result(world, tokenizer, logits, speak, count)
+    found["two_tools"] = two_tools(world, tokenizer, logits, count)
+    return found
+
+
+def measure(folder: Path, work: Path, pools: str, count: int) -> dict[str, Any]:
+    """The figures, the comparison with transformers, and a transcript."""
+    model, tokenizer = load_exported(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stops = set(json.loads((folder / "generation_config.json").read_text())["eos_token_id"])
+    return {
+        "figures": figures(folder, model, work, pools, count),
+        "parity": parity(folder, model, tokenizer),
+        "transcript": transcript(model, tokenizer, stops),
+    }
+
+
+def write(path: Path, name: str, section: dict[str, Any]) -> None:
+    """Puts one model's section into the file and leaves the others as they are."""
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    models = report.get("models", {})
+    models[name] = section
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"models": models}, indent=2, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="work folder")
-    parser.add_argument("--run", default="run", help="run that was exported, for its progress")
-    parser.add_argument("--model", type=Path, default=Path("src/isthmus/data/embedded"), help="exported folder")
+    parser.add_argument("--pools", default="pools", help="folder below it with the held-out documents")
+    parser.add_argument("--model", choices=sorted(KINDS), default="main", help="which model")
+    parser.add_argument("--folder", type=Path, help="exported folder, where it is not the model's own in the package")
     results = Path("benchmarks/results/embedded_model.json")
     parser.add_argument("--out", type=Path, default=results, help="where to write")
     parser.add_argument("--count", type=int, default=100, help="probes of each kind and length")
+    parser.add_argument("--threads", type=int, default=2, help="threads of computation")
     options = parser.parse_args()
-    result = measure(options.model, options.work, options.count)
-    latest = options.work / options.run / "latest.json"
+    torch.set_num_threads(options.threads)
+    kind = KINDS[options.model]
+    result = measure(
+        options.folder or Path("src/isthmus/data") / kind.folder, options.work, options.pools, options.count
+    )
+    latest = options.work / kind.run / "latest.json"
     training = json.loads(latest.read_text()) if latest.exists() else {}
     training.pop("tensors", None)
-    when = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    report = {
-        "when": when,
+    section = {
+        "when": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
         "load_average": os.getloadavg(),
         "probes_each": options.count,
-        "seed": 11,
+        "seed": SEED,
         "training": training,
         **result,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print(json.dumps(report["figures"]), json.dumps(report["parity"]))
+    write(options.out, options.model, section)
+    print(json.dumps(result["figures"]), json.dumps(result["parity"]))
 
 
 if __name__ == "__main__":

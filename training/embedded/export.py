@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from training.embedded import checkpoint
-from training.embedded.model import ModelConfig
+from training.embedded.models import KINDS, published
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -30,48 +30,20 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(temporary, path)
 
 
-def configuration(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """``config.json``."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "torch_dtype": "bfloat16",
-        **_token_ids(tokenizer),
-    }
-
-
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("bos", "eos", "pad", "end")}
     return {"bos_token_id": ids["bos"], "eos_token_id": [ids["end"], ids["eos"]], "pad_token_id": ids["pad"]}
 
 
-def export(run: Path, tokenizer_folder: Path, target: Path) -> dict[str, Any]:
-    """Writes everything into ``target``; returns the progress of the exported checkpoint."""
+def export(model: str, run: Path, tokenizer_folder: Path, target: Path) -> dict[str, Any]:
+    """Writes everything of a named model into ``target``; returns the progress of the exported checkpoint."""
     found = checkpoint.load(run)
     if found is None:
         raise SystemExit(f"no checkpoint in {run}")
     weights, _, progress = found
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    config = configuration(ModelConfig(), tokenizer)
+    config = {**published(KINDS[model].config), **_token_ids(tokenizer)}
     generation = {**_token_ids(tokenizer), "do_sample": False, "max_new_tokens": 256}
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
     _replace(target / "model.safetensors", lambda p: save_file(tensors, str(p), metadata={"format": "pt"}))
@@ -87,11 +59,13 @@ def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="work folder")
-    parser.add_argument("--run", default="run", help="name of the run to export")
-    parser.add_argument("--target", type=Path, default=Path("src/isthmus/data/embedded"), help="where the model goes")
+    parser.add_argument("--model", choices=sorted(KINDS), default="main", help="which model")
+    parser.add_argument("--run", help="name of the run to export (default: by model)")
+    parser.add_argument("--data", type=Path, default=Path("src/isthmus/data"), help="where the models' folders are")
     options = parser.parse_args()
-    progress = export(options.work / options.run, options.work / "tokenizer", options.target)
-    print(json.dumps(progress))
+    kind = KINDS[options.model]
+    run, target = options.work / (options.run or kind.run), options.data / kind.folder
+    print(json.dumps(export(options.model, run, options.work / "tokenizer", target)))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,16 @@
-"""Greedy decoding with the training model, plainly: the whole text again for every token."""
+"""Greedy decoding with the training models, plainly: the whole text again for every token."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from training.embedded.model import Llama, ModelConfig
+from training.embedded.models import Network, load_exported
 
-
-def load_exported(folder: Path) -> Llama:
-    """The exported model, its bfloat16 weights widened to float32."""
-    published = json.loads((folder / "config.json").read_text())
-    shape = {name: published[name] for name in ModelConfig.__dataclass_fields__}
-    model = Llama(ModelConfig(**shape))
-    model.load_state_dict({k: v.float() for k, v in load_file(str(folder / "model.safetensors")).items()})
-    return model.eval()
+__all__ = ["greedy", "load_exported"]
 
 
 @torch.no_grad()
-def greedy(model: Llama, prompt: list[int], most: int, stops: set[int]) -> list[int]:
+def greedy(model: Network, prompt: list[int], most: int, stops: set[int]) -> list[int]:
     """The tokens after a prompt, up to ``most`` or to the first stop, which is not returned."""
     ids = list(prompt)
     while len(ids) - len(prompt) < most and len(ids) < model.config.max_position_embeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class ModelConfig:
     head_dim: int = 32
     intermediate_size: int = 896
     rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rope_theta: float = 500000.0
     max_position_embeddings: int = 2048
 
 
@@ -39,7 +40,16 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_tables(size: int, theta: float, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of rotary position embedding over ``size`` dimensions, ``[positions, size]`` each."""
+    steps = torch.arange(0, size, 2, dtype=torch.float32) / size
+    angles = torch.outer(torch.arange(positions).float(), theta**-steps)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads turned by their positions."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
@@ -62,7 +72,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, length, self.heads, self.dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.groups, self.dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.groups, self.dim).transpose(1, 2)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         share = self.heads // self.groups
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -73,11 +83,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """What each position makes of its own state."""
@@ -93,7 +103,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The residual stream after this layer."""
@@ -119,10 +129,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        angles = torch.outer(torch.arange(config.max_position_embeddings).float(), config.rope_theta**-steps)
-        self.register_buffer("cos", torch.cat((angles, angles), -1).cos(), persistent=False)
-        self.register_buffer("sin", torch.cat((angles, angles), -1).sin(), persistent=False)
+        cos, sin = rope_tables(config.head_dim, config.rope_theta, config.max_position_embeddings)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def initialise(self, seed: int) -> None:
         """Fresh weights: normal, and nought where a layer writes to the residual stream."""
@@ -134,11 +143,11 @@ class Llama(nn.Module):
                 deviation = 0.02 if "embed" in name else self.config.hidden_size**-0.5
                 nn.init.normal_(weight, std=deviation, generator=generator)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The normalised last states of a batch of sequences."""
+    def hidden(self, tokens: Tensor, layers: Sequence[nn.Module] = ()) -> Tensor:
+        """The normalised last states of a batch of sequences; ``layers`` may be compiled stand-ins for the own ones."""
         cos, sin = self.get_buffer("cos")[: tokens.shape[1]], self.get_buffer("sin")[: tokens.shape[1]]
         x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
+        for layer in layers or self.model.layers:
             x = layer(x, cos, sin)
         out: Tensor = self.model.norm(x)
         return out
@@ -146,10 +155,3 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """The logits after every position."""
         return functional.linear(self.hidden(tokens), self.model.embed_tokens.weight)
-
-    def loss(self, tokens: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """The weighted mean cross-entropy of the targets, in nats."""
-        logits = self(tokens).flatten(0, 1)
-        each = functional.cross_entropy(logits.float(), targets.flatten(), reduction="none")
-        flat = weights.flatten()
-        return (each * flat).sum() / flat.sum()

@@ -22,12 +22,17 @@ def orthogonalise(stack: Tensor, rounds: int = 5) -> Tensor:
     return out
 
 
+def _is_other(name: str) -> bool:
+    """Whether a matrix is no map between states: the embedding, and the gates of a delta net."""
+    return "embed" in name or "in_proj_ba" in name
+
+
 class Optimizer:
     """Steps every parameter of a model; its state is a flat dictionary of tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         named = dict(model.named_parameters())
-        self._matrices = {n: p for n, p in named.items() if p.ndim == 2 and "embed" not in n}
+        self._matrices = {n: p for n, p in named.items() if p.ndim == 2 and not _is_other(n)}
         self._others = {n: p for n, p in named.items() if n not in self._matrices}
         self._state = {f"momentum.{n}": torch.zeros_like(p) for n, p in self._matrices.items()}
         for name, weight in self._others.items():

@@ -6,6 +6,7 @@ stopped goes on exactly as if it had not been.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from tokenizers import Tokenizer
 from training.embedded.world import MARK_CLOSE, MARK_OPEN
 
 WEIGHT_UNIT = 16
+DECISION = 3  # how much more a token weighs that chooses what to copy
+_CHOOSES = re.compile(r'[{,] ?"|": "?| is ?')
 DOCS = "docs"
 Row = tuple[NDArray[np.uint16], NDArray[np.uint8]]
 Batch = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
@@ -43,6 +46,21 @@ def weigh(
     return weights
 
 
+def decisions(text: str, offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """The tokens at which an answer chooses what to copy; those that follow are copied with ease.
+
+    They are the first of an answer, of a name or value in JSON, and of what a sentence says that something is.
+    """
+    begin = np.array([start for start, _ in offsets])
+    found = set()
+    for start, stop in spans:
+        for at in (start, *(match.end() for match in _CHOOSES.finditer(text, start, stop))):
+            token = int(np.searchsorted(begin, at, side="right")) - 1
+            # A space may be a token of its own: what follows it is chosen.
+            found.add(token + (token + 1 < len(begin) and text[begin[token] : begin[token + 1]] == " "))
+    return sorted(at for at in found if begin[at] < len(text))
+
+
 @dataclass(frozen=True)
 class Pool:
     """Samples end to end: their tokens, the weight of each token, and where each sample starts."""
@@ -62,19 +80,36 @@ class Pool:
         return len(self.starts) - 1
 
 
-def write_pool(folder: Path, name: str, tokenizer: Tokenizer, texts: Iterable[str], inside: int, outside: int) -> int:
-    """Tokenises marked texts into a pool; every sample ends with ``eos``. Returns the number of tokens."""
-    eos = tokenizer.token_to_id("<|eos|>")
+def write_pool(
+    folder: Path,
+    name: str,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    weighing: tuple[int, int],
+    most: int | None = None,
+) -> int:
+    """Tokenises marked texts into a pool; every sample ends with ``eos``. Returns the number of tokens.
+
+    ``weighing`` is the weight of what is marked and of the rest. A sample of over ``most`` tokens is left out. The tag
+    that opens a thought is never learned: the prompt writes it.
+    """
+    inside, outside = weighing
+    eos, think = tokenizer.token_to_id("<|eos|>"), tokenizer.token_to_id("<think>")
     tokens: list[NDArray[np.uint16]] = []
     weights: list[NDArray[np.uint8]] = []
     parsed = [parse_marks(text) for text in texts]
     for at in range(0, len(parsed), 1000):
         chunk = parsed[at : at + 1000]
         for (text, spans), encoding in zip(chunk, tokenizer.encode_batch([t for t, _ in chunk]), strict=True):
+            if most is not None and len(encoding.ids) >= most:
+                continue
             offsets = [*encoding.offsets, (len(text), len(text))]
             weighed = weigh(offsets, spans, inside, outside)
+            weighed[decisions(text, offsets, spans)] = min(255, inside * DECISION)
             weighed[-1] = 0 if text.endswith("<|end|>") else max(inside, outside) // 2
-            tokens.append(np.array([*encoding.ids, eos], np.uint16))
+            ids = np.array([*encoding.ids, eos], np.uint16)
+            weighed[ids == think] = 0
+            tokens.append(ids)
             weights.append(weighed)
     starts = np.cumsum([0, *(len(t) for t in tokens)])
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +134,7 @@ class Packer:
     def batch(self, step: int, rows: int, length: int) -> Batch:
         """The inputs, targets and weights of one step."""
         rng = np.random.default_rng([self._seed, step])
-        used = {kind: float(rng.random()) * length for kind in self._shares}
+        used = {kind: float(rng.random()) * share * 2 * length for kind, share in self._shares.items()}
         made = [self._row(rng, length + 1, used) for _ in range(rows)]
         tokens = np.stack([row[0] for row in made]).astype(np.int64)
         weights = np.stack([row[1] for row in made]).astype(np.float32) / np.float32(WEIGHT_UNIT)
@@ -111,15 +146,23 @@ class Packer:
         while length - at > 8:
             room = length - at - 1
             total = sum(used.values())
-            kind = max(self._shares, key=lambda k: self._shares[k] * total - used[k])
-            part = self._whole(rng, kind, room) if kind != DOCS else None
-            if part is None:
-                kind, part = DOCS, self._window(rng, room)
+            wanted = sorted(self._shares, key=lambda k: used[k] - self._shares[k] * total)
+            kind, part = self._first_that_fits(rng, wanted, room)
             size = len(part[0])
             tokens[at + 1 : at + 1 + size], weights[at + 1 : at + 1 + size] = part
-            used[kind] += size
+            used[kind] = used.get(kind, 0.0) + size
             at += size + 1
         return tokens, weights
+
+    def _first_that_fits(self, rng: np.random.Generator, wanted: list[str], room: int) -> tuple[str, Row]:
+        """A sample of the kind that is most wanted; of the next one if that has none so short. Documents always fit."""
+        for kind in wanted:
+            if kind == DOCS:
+                break
+            part = self._whole(rng, kind, room)
+            if part is not None:
+                return kind, part
+        return DOCS, self._window(rng, room)
 
     def _whole(self, rng: np.random.Generator, kind: str, room: int) -> Row | None:
         """A sample that fits, or none after a few tries."""

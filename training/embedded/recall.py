@@ -40,8 +40,10 @@ def value(world: World, rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.45:
         return digits(rng)
-    if kind < 0.7:
+    if kind < 0.62:
         return world.pick(rng, "common")
+    if kind < 0.7:
+        return world.coin(rng)
     if kind < 0.82:
         return world.pick(rng, rng.choice(["cities", "foods", "animals", "colours", "places"]))
     if kind < 0.92:
@@ -68,17 +70,18 @@ def keys(world: World, rng: random.Random, count: int) -> list[str]:
 
 def key_values(world: World, rng: random.Random, size: int) -> str:
     """Pairs, filler, then questions about some of the pairs in any order."""
-    count = min(rng.randint(2, 12) if rng.random() < 0.7 else rng.randint(8, 40), max(2, size // 50))
+    count = min(rng.randint(2, 12) if rng.random() < 0.6 else rng.randint(8, 30), max(2, size // 60))
     statement, question, answer, separator = rng.choice(_LAYOUTS)
-    table = {k: value(world, rng) for k in keys(world, rng, count)}
+    plain = rng.random() < 0.4
+    table = {k: digits(rng, 4, 5) if plain else value(world, rng) for k in keys(world, rng, count)}
     lines = [statement.format(k=k, v=v) for k, v in table.items()]
-    asked = rng.sample(list(table), min(count, rng.randint(2, 10)))
+    asked = rng.sample(list(table), count if rng.random() < 0.8 else max(1, count // 2))
     tail = ""
     for key in asked:
         tail += separator.replace(", ", ",\n") + question.format(k=key) + mark(answer.format(v=table[key]))
     room = size - len(tail) - sum(len(line) + 1 for line in lines)
-    if room > 100 and rng.random() < 0.7:
-        between = room if rng.random() < 0.5 else rng.randint(50, room)
+    if room > 100 and rng.random() < 0.85:
+        between = room if rng.random() < 0.6 else rng.randint(50, room)
         return separator.join(lines) + "\n\n" + world.fill(rng, between) + "\n" + tail
     return separator.join(lines) + "\n" + tail
 
@@ -134,7 +137,26 @@ def copying(world: World, rng: random.Random, size: int) -> str:
     return text + between + mark(text)
 
 
-EXERCISES: tuple[tuple[Exercise, float], ...] = ((key_values, 0.4), (scattered, 0.2), (passkey, 0.2), (copying, 0.2))
+def rows_again(world: World, rng: random.Random, size: int) -> str:
+    """Rows of words, prose, and then the beginning of each row, to be ended as it was."""
+    count = rng.randint(1, max(1, min(6, size // 350)))
+    longest = max(5, min(20, size // (16 * count)))
+    group = rng.choice(["common", "common", "common", "names", "objects"])
+    rows = [[world.pick(rng, group) for _ in range(rng.randint(5, longest))] for _ in range(count)]
+    lines = [" ".join(row) for row in rows]
+    room = size - 2 * sum(len(line) for line in lines)
+    prose = world.fill(rng, room if rng.random() < 0.7 else rng.randint(40, max(41, room))) + "\n" if room > 60 else ""
+    again = [" ".join(row[:3]) + mark(" " + " ".join(row[3:])) for row in rng.sample(rows, count)]
+    return "\n".join(lines) + "\n" + prose + "\n".join(again)
+
+
+EXERCISES: tuple[tuple[Exercise, float], ...] = (
+    (key_values, 0.5),
+    (scattered, 0.14),
+    (passkey, 0.14),
+    (copying, 0.08),
+    (rows_again, 0.14),
+)
 
 
 def exercise(world: World, rng: random.Random, size: int) -> str:

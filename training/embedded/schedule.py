@@ -10,18 +10,24 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Stage:
-    """So many steps at one length of context, and what they are trained on."""
+    """So many steps at one length of context, and what they are trained on.
+
+    ``tokens`` is the size of a batch and ``focus`` the part of its positions whose loss is
+    computed; 0 leaves them to the run.
+    """
 
     length: int
     steps: int
     sizes: tuple[str, ...]
     shares: dict[str, float] = field(hash=False)
+    tokens: int = 0
+    focus: float = 0.0
 
 
 def read_stages(path: Path) -> list[Stage]:
     """The stages of a recipe file, in order."""
     found = tomllib.loads(path.read_text())["stage"]
-    return [Stage(one["length"], one["steps"], tuple(one["sizes"]), dict(one["shares"])) for one in found]
+    return [Stage(**{**one, "sizes": tuple(one["sizes"])}) for one in found]
 
 
 def stage_at(stages: list[Stage], step: int) -> Stage:

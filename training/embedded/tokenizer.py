@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from training.embedded import chat_data, recall
-from training.embedded.chat_render import TEMPLATE, Renderer
+from training.embedded.chat_render import TEMPLATE, THINK, THINK_END, Renderer
+from training.embedded.mixture import KINDS
 from training.embedded.world import MARK_CLOSE, MARK_OPEN, load_world
 
 VOCABULARY = 8192
 NAMED = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>"]
-SPECIAL = NAMED + [f"<|reserved_{n}|>" for n in range(12)]
+# Single tokens that are text all the same: a parser of the output must see them. Their ids were reserved at first,
+# so that models of the first edition and of this one share a layout; four names of the reserved ones are gone.
+TAGS = ["<tool_call>", "</tool_call>", THINK, THINK_END]
+SPECIAL = NAMED + TAGS + [f"<|reserved_{n}|>" for n in range(len(TAGS), 12)]
 CONTEXT = 2048
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -39,11 +42,10 @@ def _texts(work: Path, seed: int) -> Iterator[str]:
         if not document["held_out"]:
             yield document["text"]
     world, rng = load_world(work, held_out=False), random.Random(seed)
-    facts, renderer = chat_data.load_facts(), Renderer()
-    for _ in range(20_000):
-        yield unmarked(chat_data.lesson(world, rng, facts, renderer, 400))
-    for _ in range(3_000):
-        yield unmarked(recall.exercise(world, rng, 300))
+    renderer = Renderer()
+    for kind, (make, _, _) in KINDS.items():
+        for _ in range(14_000 if kind == "chat" else 3_000):
+            yield unmarked(make(world, rng, renderer, 120))
 
 
 def train(work: Path, seed: int) -> Tokenizer:
@@ -73,7 +75,10 @@ def train(work: Path, seed: int) -> Tokenizer:
 def write(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the tokenizer's files in the Hugging Face layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    content = json.loads(tokenizer.to_str())
+    for added_token in content["added_tokens"]:
+        added_token["special"] = added_token["content"] not in TAGS
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     roles = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
     added = {
         str(tokenizer.token_to_id(t)): {
@@ -82,7 +87,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
             "normalized": False,
             "rstrip": False,
             "single_word": False,
-            "special": True,
+            "special": t not in TAGS,
         }
         for t in SPECIAL
     }
@@ -91,7 +96,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
         "add_bos_token": False,
         "add_eos_token": False,
         **roles,
-        "additional_special_tokens": [t for t in SPECIAL if t not in roles.values()],
+        "additional_special_tokens": [t for t in SPECIAL if t not in [*roles.values(), *TAGS]],
         "added_tokens_decoder": added,
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONTEXT,
@@ -106,8 +111,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="work folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the sampled exercises (default: %(default)s)")
+    help_text = "write the files around the tokenizer again, the chat template among them, and train nothing"
+    parser.add_argument("--keep", action="store_true", help=help_text)
     options = parser.parse_args()
-    write(train(options.work, options.seed), options.work / "tokenizer")
+    folder = options.work / "tokenizer"
+    if options.keep:
+        write(Tokenizer.from_file(str(folder / "tokenizer.json")), folder)
+    else:
+        write(train(options.work, options.seed), folder)
 
 
 if __name__ == "__main__":

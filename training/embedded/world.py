@@ -6,6 +6,7 @@ import json
 import random
 import re
 import tomllib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,30 @@ from training.embedded.extract import Gloss
 
 MARK_OPEN, MARK_CLOSE = "\x01", "\x02"
 _CHOICE = re.compile(r"\{([^{}]*)\}")
+_ONSETS = (*"bcdfghjklmnprstvwz", "br", "cr", "dr", "fl", "gr", "pl", "qu", "st", "tr")
+_NUCLEI = (*"aeiou", "ai", "ea", "oo")
+_CODAS = ("", "", "", "l", "m", "n", "r", "s", "t", "x", "nd", "rk", "st")
+_COINED_HELD_OUT = 5  # one coined word in so many is for evaluation only
 
 
 @dataclass(frozen=True)
 class World:
-    """Everything an exercise may mention. Filler comes from one split of the documents only."""
+    """Everything an exercise may mention: of one split, words and documents for training or for evaluation only."""
 
     words: dict[str, list[str]]
     knowledge: dict[str, Any]
     intents: list[dict[str, list[str]]]
     glosses: list[Gloss]
     filler: list[str]
+    held_out: bool = False
+
+    def coin(self, rng: random.Random) -> str:
+        """A word that does not exist, of one split: `travex`, `mondirk`."""
+        while True:
+            count = rng.choice([2, 2, 3])
+            word = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(count)) + rng.choice(_CODAS)
+            if (zlib.crc32(word.encode()) % _COINED_HELD_OUT == 0) == self.held_out:
+                return word
 
     def pick(self, rng: random.Random, group: str) -> str:
         """One word of a named list."""
@@ -77,15 +91,27 @@ def _sentences(texts: list[str]) -> list[str]:
     return found
 
 
+def _lists(path: Path) -> dict[str, list[str]]:
+    return {name: [w.strip() for w in line.split(",")] for name, line in tomllib.loads(path.read_text()).items()}
+
+
+def word_lists(glosses: list[Gloss], held_out: bool) -> dict[str, list[str]]:
+    """The word lists of one split. No word of a list that has a held-out part is in both (whatever its case)."""
+    here = Path(__file__).parent
+    words, kept = _lists(here / "lexicon.toml"), _lists(here / "held_out.toml")
+    words["common"] = sorted({g.word for g in glosses if 3 <= len(g.word) <= 10})
+    if held_out:
+        return {**words, **kept}
+    withheld = {word.lower() for group in kept.values() for word in group}
+    return {name: [w for w in group if w.lower() not in withheld] for name, group in words.items()}
+
+
 def load_world(work: Path, held_out: bool) -> World:
     """Reads the lists beside this file, and glosses and filler from the work folder."""
     here = Path(__file__).parent
-    lexicon = tomllib.loads((here / "lexicon.toml").read_text())
     knowledge = tomllib.loads((here / "knowledge.toml").read_text())
     intents = tomllib.loads((here / "smalltalk.toml").read_text())["intent"]
-    words = {name: [w.strip() for w in line.split(",")] for name, line in lexicon.items()}
     glosses = [Gloss(**json.loads(line)) for line in (work / "glosses.jsonl").read_text().splitlines()]
-    words["common"] = sorted({g.word for g in glosses if 3 <= len(g.word) <= 10})
     documents = [json.loads(line) for line in (work / "docs.jsonl").read_text().splitlines()]
     filler = _sentences([d["text"] for d in documents if d["held_out"] == held_out])
-    return World(words, knowledge, intents, glosses, filler)
+    return World(word_lists(glosses, held_out), knowledge, intents, glosses, filler, held_out)

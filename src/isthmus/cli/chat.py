@@ -1,7 +1,9 @@
 """`isthmus chat`: a conversation in the terminal with a running server.
 
 Answers stream; Ctrl-C stops the one that is coming (the server stops working on it), Ctrl-D leaves. After each answer
-a line says how many tokens came, how fast, how soon the first, and how much of the prompt's state was reused.
+a line says how many tokens came, how fast, how soon the first, and how much of the prompt's state was reused. What the
+model thinks before it answers is dimmed. With `--tools` it may call tools: each call is shown, and the line typed next
+is its result.
 """
 
 import argparse
@@ -12,14 +14,15 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from isthmus.cli.client import Answer, Client
-from isthmus.cli.failure import OK, CommandFailed
+from isthmus.cli.client import Answer, Call, Client
+from isthmus.cli.failure import OK, USAGE, CommandFailed
 from isthmus.cli.flags import load_settings
 from isthmus.cli.sampling import add_client_flags, sampling_of, url_of
 from isthmus.cli.terminal import BOLD, CYAN, DIM, RED, Screen, printable
 from isthmus.contracts.clock import SystemClock
 
 MAX_HISTORY_LINES = 1000
+MAX_TOOLS_BYTES = 1024 * 1024
 HELP = """/help           this text
 /reset          forget the conversation (a system message stays)
 /system TEXT    set the system message and start over; without TEXT remove it
@@ -39,6 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--tools", metavar="FILE", help="tools to offer: a JSON array in OpenAI's shape")
     parser.add_argument("--no-history", action="store_true", help="do not keep typed lines for the next time")
     add_client_flags(parser)
     parser.set_defaults(run=run)
@@ -49,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     screen = Screen()
     client = Client(url_of(arguments), SystemClock())
     model = arguments.model or client.model()
-    conversation = Conversation(screen, client, model, sampling_of(arguments), arguments.system)
+    body = {**sampling_of(arguments), **_tools(arguments.tools)}
+    conversation = Conversation(screen, client, model, body, arguments.system)
     interactive = sys.stdin.isatty()
     if interactive:
         screen.line(f"{printable(model)} at {client.url}", BOLD)
@@ -62,16 +67,34 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _tools(name: str | None) -> dict[str, Any]:
+    """The tools in the file called `name`, as a part of a request. Raises `CommandFailed`."""
+    if name is None:
+        return {}
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(MAX_TOOLS_BYTES + 1)
+        tools = json.loads(data)
+    except OSError as error:
+        raise CommandFailed(f"{name} cannot be read: {error.strerror}", USAGE) from error
+    except (ValueError, RecursionError) as error:
+        raise CommandFailed(f"{name} is not JSON", USAGE) from error
+    if len(data) > MAX_TOOLS_BYTES or not isinstance(tools, list):
+        raise CommandFailed(f"{name} is no JSON array of at most {MAX_TOOLS_BYTES} bytes", USAGE)
+    return {"tools": tools}
+
+
 class Conversation:
-    """The messages so far, and what a line typed does to them."""
+    """The messages so far, and what a line typed does to them. `waiting` are calls whose results are to be typed."""
 
     def __init__(
-        self, screen: Screen, client: Client, model: str, sampling: dict[str, Any], system: str | None = None
+        self, screen: Screen, client: Client, model: str, body: dict[str, Any], system: str | None = None
     ) -> None:
         self._screen = screen
         self._client = client
-        self._base = {"model": model, **sampling}
-        self.messages: list[dict[str, str]] = []
+        self._base = {"model": model, **body}
+        self.messages: list[dict[str, Any]] = []
+        self.waiting: list[Call] = []
         self._set_system(system or "")
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
@@ -92,36 +115,62 @@ class Conversation:
             self._commands[name](rest.strip())
         elif name.startswith("/") and name[1:].isalpha():
             self._screen.line(f"{printable(name)} is no command; /help lists them", DIM)
+        elif self.waiting:
+            self._result(text)
         else:
             self.messages.append({"role": "user", "content": text})
             self._ask()
         return True
 
-    def _ask(self) -> None:
-        """Stream an answer to the messages. What a person stopped is kept so far; what failed is taken back."""
+    def _result(self, text: str) -> None:
+        """Take what was typed as the result of the first call that waits for one; ask on after the last."""
+        call = self.waiting.pop(0)
+        self.messages.append({"role": "tool", "tool_call_id": call.id, "content": text})
+        if self.waiting:
+            self._next_result()
+        elif not self._ask():
+            self.waiting = [call]
+
+    def _next_result(self) -> None:
+        self._screen.line(f"the next line is the result of {printable(self.waiting[0].name)}", DIM)
+
+    def _ask(self) -> bool:
+        """Stream an answer to the messages. What a person stopped is kept so far; what failed is taken back: False."""
         answer = Answer()
-        stopped = ""
+        stopped, thought = "", False
         self._screen.write(self._screen.paint(f"{printable(str(self._base['model']))}> ", CYAN, BOLD))
         try:
             body = {**self._base, "messages": self.messages}
             with closing(self._client.stream("/v1/chat/completions", body, answer)) as pieces:
                 for piece in pieces:
-                    self._screen.write(printable(piece))
+                    if thought and not piece.reasoning:
+                        self._screen.line()
+                    thought = piece.reasoning
+                    text = printable(piece.text)
+                    self._screen.write(self._screen.paint(text, DIM) if thought else text)
         except KeyboardInterrupt:
             stopped = "stopped · "
         except CommandFailed as error:
             self._screen.line()
             self._screen.line(str(error), RED)
             self.messages.pop()
-            return
+            return False
         self._screen.line()
+        # A call that was cut off is no call.
+        self.waiting = [call for _, call in sorted(answer.calls.items())] if answer.finish == "tool_calls" else []
+        for call in self.waiting:
+            self._screen.line(f"calls {printable(call.name)} with {printable(call.arguments)}", CYAN)
         self._screen.line(stopped + answer.summary, DIM)
-        self.messages.append({"role": "assistant", "content": answer.text})
+        self.messages.append(_message(answer, self.waiting))
+        if self.waiting:
+            self._next_result()
+        return True
 
     def _help(self, _: str) -> None:
         self._screen.line(HELP, DIM)
 
     def _reset(self, _: str) -> None:
+        self.waiting = []
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
         self._screen.line("the conversation is empty", DIM)
 
@@ -130,12 +179,14 @@ class Conversation:
         self._screen.line("system message set, conversation empty" if text else "no system message", DIM)
 
     def _set_system(self, text: str) -> None:
+        self.waiting = []
         self.messages = [{"role": "system", "content": text}] if text else []
 
     def _retry(self, _: str) -> None:
+        self.waiting = []
         if self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
-        if self.messages and self.messages[-1]["role"] == "user":
+        if self.messages and self.messages[-1]["role"] in ("user", "tool"):
             self._ask()
         else:
             self._screen.line("there is nothing to ask again", DIM)
@@ -150,6 +201,19 @@ class Conversation:
             self._screen.line(f"{printable(name)} cannot be written: {error.strerror}", RED)
         else:
             self._screen.line(f"{len(self.messages)} messages saved to {printable(name)}", DIM)
+
+
+def _message(answer: Answer, calls: list[Call]) -> dict[str, Any]:
+    """The message of an answer, as it goes back to the server."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    return message
 
 
 def _inputs(screen: Screen, *, interactive: bool) -> Iterator[str]:

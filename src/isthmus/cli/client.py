@@ -17,13 +17,33 @@ CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 600.0
 MAX_LINE_BYTES = 1024 * 1024
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+MAX_CALLS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text of an answer, or of the reasoning before it."""
+
+    text: str
+    reasoning: bool = False
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call, as far as it has come. `arguments` is JSON text once the answer is complete."""
+
+    id: str
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclass(slots=True)
 class Answer:
-    """What came back: the text so far and, from the server's last event, the usage. Times in seconds."""
+    """What came back: text, reasoning and calls so far and, from the last event, the usage. Times in seconds."""
 
     text: str = ""
+    reasoning: str = ""
+    calls: dict[int, Call] = field(default_factory=dict)
     request_id: str = ""
     finish: str = ""
     first_token_s: float | None = None
@@ -47,7 +67,7 @@ class Answer:
             parts.append(f"first after {self.first_token_s * 1000:.0f} ms")
         if isinstance(prompt, int):
             parts.append(f"{cached} of {prompt} cached")
-        if self.finish and self.finish != "stop":
+        if self.finish and self.finish not in ("stop", "tool_calls"):
             parts.append(f"ended by {printable(self.finish)}")
         if self.request_id:
             parts.append(printable(self.request_id))
@@ -79,19 +99,19 @@ class Client:
         except (ValueError, LookupError, TypeError) as error:
             raise CommandFailed(f"{self.url} answers, but not as an OpenAI server") from error
 
-    def stream(self, path: str, body: Mapping[str, Any], answer: Answer) -> Generator[str, None, None]:
-        """Ask for a streamed answer; its text as it comes. `answer` is filled on the way, also when left early."""
+    def stream(self, path: str, body: Mapping[str, Any], answer: Answer) -> Generator[Piece, None, None]:
+        """Ask for a streamed answer; what is to be read of it as it comes, calls aside. `answer` is filled on the way,
+        also when left early.
+        """
         started = self._clock.monotonic()
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         with self._request("POST", path, asked) as response:
             for event in _events(response):
                 answer.total_s = self._clock.monotonic() - started
-                piece = _read_event(event, answer)
-                if piece:
-                    if answer.first_token_s is None:
-                        answer.first_token_s = answer.total_s
-                    answer.text += piece
-                    yield piece
+                pieces = _read_event(event, answer)
+                if answer.first_token_s is None and (pieces or answer.calls):
+                    answer.first_token_s = answer.total_s
+                yield from pieces
 
     @contextmanager
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Iterator[http.client.HTTPResponse]:
@@ -138,8 +158,8 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     raise CommandFailed("the server ended the answer before it was complete", REFUSED)
 
 
-def _read_event(event: dict[str, Any], answer: Answer) -> str:
-    """The text in one event; id, usage and finish go to `answer`."""
+def _read_event(event: dict[str, Any], answer: Answer) -> list[Piece]:
+    """What is to be read in one event; all of it goes to `answer`."""
     error = event.get("error")
     if isinstance(error, dict):
         raise CommandFailed(f"the server failed: {printable(str(error.get('message', '')))[:500]}", REFUSED)
@@ -148,12 +168,37 @@ def _read_event(event: dict[str, Any], answer: Answer) -> str:
         answer.usage = event["usage"]
     choices = event.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return ""
+        return []
     choice = choices[0]
     answer.finish = str(choice.get("finish_reason") or answer.finish)
     delta = choice.get("delta")
-    text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
-    return text if isinstance(text, str) else ""
+    if not isinstance(delta, dict):
+        delta = {"content": choice.get("text")}
+    # vLLM's newer name for the same thing.
+    reasoning = _text(delta, "reasoning_content") or _text(delta, "reasoning")
+    text = _text(delta, "content")
+    answer.reasoning += reasoning
+    answer.text += text
+    _read_calls(delta.get("tool_calls"), answer)
+    return [piece for piece in (Piece(reasoning, reasoning=True), Piece(text)) if piece.text]
+
+
+def _read_calls(parts: object, answer: Answer) -> None:
+    """Add parts of tool calls to those of `answer`."""
+    for part in parts if isinstance(parts, list) else ():
+        index = part.get("index") if isinstance(part, dict) else None
+        function = part.get("function") if isinstance(part, dict) else None
+        if not isinstance(index, int) or not isinstance(function, dict) or not 0 <= index < MAX_CALLS:
+            raise CommandFailed("the server sent a tool call that is none", REFUSED)
+        call = answer.calls.setdefault(index, Call(""))
+        call.id = call.id or _text(part, "id")
+        call.name += _text(function, "name")
+        call.arguments += _text(function, "arguments")
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    value = values.get(name)
+    return value if isinstance(value, str) else ""
 
 
 def _refusal(response: http.client.HTTPResponse) -> str:

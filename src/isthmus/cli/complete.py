@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         body["stop"] = arguments.stop
     answer = Answer()
     for piece in client.stream("/v1/completions", body, answer):
-        screen.write(printable(piece) if screen.out.isatty() else piece)
+        screen.write(printable(piece.text) if screen.out.isatty() else piece.text)
     screen.line()
     if not arguments.quiet:
         screen.err.write(f"{answer.summary}\n")

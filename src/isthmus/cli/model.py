@@ -4,12 +4,15 @@ import argparse
 import asyncio
 from pathlib import Path
 
+import msgspec
+
 from isthmus.cli.failure import OK
 from isthmus.cli.terminal import Screen, printable
 from isthmus.config import EMBEDDED, Settings
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.prompting import ChatMessage
+from isthmus.contracts.sampling import OPENAI_DEFAULTS
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,6 +49,7 @@ def run_info(arguments: argparse.Namespace) -> int:
         ("attention", f"{config.heads} heads, {config.kv_heads} KV heads, {config.head_dim} wide"),
         ("vocabulary", f"{config.vocab_size}, end tokens {', '.join(map(str, config.eos_token_ids)) or 'none'}"),
         ("context", f"{config.max_positions} tokens"),
+        ("sampling", _sampling(_folder(arguments))),
         ("KV", f"{report.kv_bytes_per_token(itemsize)} bytes a token in {config.dtype}"),
     ]
     if report.code_files:
@@ -91,6 +95,15 @@ async def _check_prompting(folder: Path, model_rows: int) -> list[str]:
         return [*lines, f"chat template: a greeting has {len(ids)} tokens"]
     finally:
         await prompting.close()
+
+
+def _sampling(folder: Path) -> str:
+    """What a request that says nothing about sampling gets. Raises `ModelInvalid`."""
+    from isthmus.execution.prompting.folder import read_sampling_defaults
+
+    defaults = read_sampling_defaults(folder)
+    values = ", ".join(f"{name} {value:g}" for name, value in msgspec.structs.asdict(defaults).items())
+    return values if defaults != OPENAI_DEFAULTS else f"{values} (generation_config.json says nothing)"
 
 
 def _folder(arguments: argparse.Namespace) -> Path:

@@ -76,7 +76,12 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """A snapshot of the engine. Counters since the start unless they are named after a state."""
+    """A snapshot of the engine. Counters since the start unless they are named after a state.
+
+    `states_*` are slots of recurrent state (hybrid models; else 0); `snapshot_hits` counts requests that started from
+    another's state snapshot. `constrained` requests, `grammar_refused` of them, restarts of the grammar process, masks
+    it computed and what outputs waited for them (seconds, summed).
+    """
 
     waiting: int = 0
     running: int = 0
@@ -96,10 +101,33 @@ class EngineStats(msgspec.Struct, frozen=True):
     finished: int = 0
     draft_tokens: int = 0
     accepted_drafts: int = 0
+    states_total: int = 0
+    states_free: int = 0
+    states_cached: int = 0
+    states_leased: int = 0
+    snapshots_taken: int = 0
+    snapshots_evicted: int = 0
+    snapshot_hits: int = 0
+    constrained: int = 0
+    grammar_refused: int = 0
+    grammar_restarts: int = 0
+    masks_computed: int = 0
+    mask_wait_s: float = 0.0
+
+
+class StateInfo(msgspec.Struct, frozen=True):
+    """The recurrent state of a hybrid model: `slots` of `state_bytes` each, and the canonical chunk grid in tokens."""
+
+    slots: int
+    state_bytes: int
+    grid_tokens: int
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What an engine serves. `weights` is the 32-byte digest that is part of every BlockKey."""
+    """What an engine serves. `weights` is the 32-byte digest that is part of every BlockKey.
+
+    `layers` counts the layers that have keys and values; `states` is there when others are recurrent.
+    """
 
     name: str
     model_type: str
@@ -118,6 +146,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     blocks: int
     codec: Codec
     eos_token_ids: list[int]
+    states: StateInfo | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

@@ -1,4 +1,4 @@
-"""The canonical layout of a block, shared by device pool, store and wire.
+"""The canonical layouts of a block and of a state snapshot, shared by device pool, store and wire.
 
 A block holds the KV of `block_tokens` consecutive tokens of one sequence, for every layer. It is one contiguous record:
 
@@ -7,6 +7,16 @@ A block holds the KV of `block_tokens` consecutive tokens of one sequence, for e
 so one layer's chunk can be used while the next is still arriving, and the device pool `[blocks, layers, 2,
 block_tokens, kv_heads, head_dim]` holds records of exactly this shape: storing a block is one copy, with no
 transposition.
+
+A state snapshot holds what the recurrent layers of a hybrid model know after a number of tokens: always float32,
+whatever the model's dtype, because rounding it would stay for all later tokens. It too is one contiguous record, the
+recurrent layers in order:
+
+    [layer 0: conv | recurrent][layer 1: conv | recurrent] ...    conv [channels, history], oldest position first
+                                                                  recurrent [heads, key_dim, value_dim]
+
+conv are the last inputs of the layer's causal convolution (channels: queries of all heads, keys, values), zeros before
+the first position. A snapshot matches after exactly its tokens or not at all.
 """
 
 import enum
@@ -83,3 +93,56 @@ class BlockFormat:
         fields = [self.weights, self.dtype.encode(), self.codec.encode()]
         fields += [number.to_bytes(8, "little") for number in (*numbers, *parallel)]
         return blake3(frame(b"isthmus/block-format/v1", *fields)).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class StateFormat:
+    """Everything besides the tokens that decides whether two state snapshots' bytes are interchangeable.
+
+    `layers` counts recurrent layers. `channels` and `history` are the convolution's channels and how many inputs it
+    looks back; `heads`, `key_dim` and `value_dim` shape the recurrent state. The rest is as in `BlockFormat`.
+    """
+
+    weights: bytes
+    layers: int
+    channels: int
+    history: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    slice_index: int = 0
+    slice_count: int = 1
+    codec: Codec = Codec.RAW
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != 32:
+            raise InvalidInput("the weights digest has 32 bytes", "weights")
+        limits = {"channels": 1 << 20, "history": 16}
+        for name in ("layers", "channels", "history", "heads", "key_dim", "value_dim", "slice_count"):
+            high = limits.get(name, 65_536)
+            if not 1 <= getattr(self, name) <= high:
+                raise InvalidInput(f"{name} is {getattr(self, name)}, accepted: 1 to {high}", name)
+        if not 0 <= self.slice_index < self.slice_count:
+            raise InvalidInput(f"slice {self.slice_index} of {self.slice_count} does not exist", "slice_index")
+
+    @property
+    def conv_bytes(self) -> int:
+        """Bytes of one layer's convolution inputs."""
+        return self.channels * self.history * Dtype.F32.itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's part."""
+        return self.conv_bytes + self.heads * self.key_dim * self.value_dim * Dtype.F32.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a whole snapshot record."""
+        return self.layers * self.layer_bytes
+
+    def digest(self) -> bytes:
+        """32 bytes that differ whenever any field differs (length-framed, domain-separated)."""
+        shape = (self.layers, self.channels, self.history, self.heads, self.key_dim, self.value_dim)
+        numbers = (LAYOUT_VERSION, *shape, self.slice_index, self.slice_count)
+        fields = [self.weights, self.codec.encode(), *(number.to_bytes(8, "little") for number in numbers)]
+        return blake3(frame(b"isthmus/state-format/v1", *fields)).digest()

@@ -6,10 +6,11 @@ Ports pass buffers and plain values, never tensors, and have at most seven metho
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from isthmus.contracts.constraints import Constraint
 from isthmus.contracts.events import EngineStats, ModelInfo, RequestOutput
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.journal import Append, LineageFact, StoredEvent
-from isthmus.contracts.prompting import ChatMessage, Piece
+from isthmus.contracts.prompting import ChatMessage, ChatOptions, OutputParse, Piece
 from isthmus.contracts.requests import EngineRequest
 from isthmus.contracts.sampling import TextParams
 
@@ -63,8 +64,8 @@ class TextAssembler(Protocol):
 class Prompting(Protocol):
     """Text to tokens and back for one model."""
 
-    async def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
-        """The token ids of a conversation through the model's chat template.
+    async def encode_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> list[int]:
+        """The token ids of a conversation, and of the tools offered in it, through the model's chat template.
 
         Raises `InvalidInput` when the template refuses the messages, or template or tokenizer took too long, `TooLarge`
         over a limit, `Unsupported` without a template, `Overloaded` when too many wait.
@@ -83,8 +84,22 @@ class Prompting(Protocol):
         """The exact bytes of one token (special tokens: the UTF-8 of their name)."""
         ...
 
-    def assembler(self, params: TextParams) -> TextAssembler:
-        """A new assembler for one output."""
+    def assembler(self, params: TextParams, parse: OutputParse | None = None) -> TextAssembler:
+        """A new assembler for one output; with `parse` it tells tool calls and reasoning from text.
+
+        Without `parse` the output continues a text; with it the output is an answer, whose first space (of tokenizers
+        that write one before every word) is not part of it. Stop strings are looked for in the answer's text only.
+        """
+        ...
+
+    def constraint(
+        self, options: ChatOptions, response: Constraint | None, prompt_tail: Sequence[int] = ()
+    ) -> Constraint | None:
+        """What an output must look like so that it keeps `options.choice` (and the schemas of strict tools) in this
+        model's way of writing calls, and otherwise keeps `response`. None when nothing is demanded. `prompt_tail` is
+        as in `OutputParse`: reasoning that the template opened, or that the model may open, comes first.
+        Raises `Unsupported` when the model has no known way of writing calls and one is demanded.
+        """
         ...
 
     async def close(self) -> None:

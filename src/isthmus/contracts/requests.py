@@ -4,6 +4,7 @@ import enum
 
 import msgspec
 
+from isthmus.contracts.constraints import Constraint
 from isthmus.contracts.errors import InvalidInput, Unsupported
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.ids import request_id as check_request_id
@@ -31,7 +32,8 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `output_ids` are output tokens that exist already: the request resumes as if it had produced them itself.
     `priority`: lower runs first, as in vLLM; waiting improves it (ageing). `deadline_s` is how long, from the engine's
-    receipt, the request may take before it ends with `Finish.DEADLINE`; None means no deadline.
+    receipt, the request may take before it ends with `Finish.DEADLINE`; None means no deadline. `constraint` is what
+    the output must look like; after a resume it holds for `output_ids` and what follows together.
     """
 
     request_id: RequestId
@@ -43,12 +45,15 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     media: tuple[MediaRef, ...] = ()
     priority: int = 0
     deadline_s: float | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         check_request_id(self.request_id)
         if not 1 <= len(self.prompt_ids) <= MAX_PROMPT_TOKENS:
             count = len(self.prompt_ids)
             raise InvalidInput(f"the prompt has {count} tokens, accepted: 1 to {MAX_PROMPT_TOKENS}", "prompt")
+        if self.constraint is not None and self.work is not Work.GENERATE:
+            raise InvalidInput("only generated output can be constrained", "constraint")
         if self.media:
             raise Unsupported("no served model takes media yet", "media")
         if self.scope.adapter is not None:

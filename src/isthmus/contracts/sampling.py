@@ -89,6 +89,29 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a request that says nothing gets: OpenAI's defaults, or those that a model's folder names.
+
+    Raises `InvalidInput` naming the field and the limit.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0.0, 2.0)
+        _within("top_k", self.top_k, 0, MAX_TOP_K)
+        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+
+
+OPENAI_DEFAULTS = SamplingDefaults()
+
+
 class TextParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens become text. A stop string ends the output before itself unless `include_stop`.
 

@@ -1,36 +1,58 @@
 """POST /v1/chat/completions: the answer whole, or as a stream of chunks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msgspec import UNSET
 
-from isthmus.contracts.prompting import ChatMessage
+from isthmus.contracts.prompting import Piece, ToolDelta
+from isthmus.gateway.answer import CollectedAnswer, call_id
 from isthmus.gateway.context import Call
+from isthmus.gateway.conversation import Ask, Prepared, converse, prepare
 from isthmus.gateway.decode import decode_json
 from isthmus.gateway.errors import HttpError
+from isthmus.gateway.output_form import response_constraint
 from isthmus.gateway.plan import Limits
 from isthmus.gateway.render import Tail, TokenBytes, chat_logprobs, encode, event, usage
-from isthmus.gateway.schema_requests import ChatRequest, Message
+from isthmus.gateway.schema_requests import ChatRequest
 from isthmus.gateway.schema_responses import (
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFinishReason,
     ChatLogprobs,
+    FunctionDelta,
     TokenLogprobEntry,
+    ToolCallDelta,
+    ToolCallEntry,
     Usage,
 )
-from isthmus.gateway.sequence import Delta, SequenceState, run_together
+from isthmus.gateway.sequence import Delta, SequenceState, Sink
 from isthmus.gateway.service import Service
+from isthmus.gateway.tools import chat_messages, chat_options
 
 API = "chat"
 
 
-def chat_messages(messages: list[Message]) -> list[ChatMessage]:
-    """The messages of a body as the prompting plane takes them. Raises `InvalidInput`."""
-    return [ChatMessage(message.role, message.text(), message.name) for message in messages]
+def ask_of(body: ChatRequest) -> Ask:
+    """What `body` asks for. Raises `HttpError` and `InvalidInput` naming the field."""
+    if body.top_logprobs and not body.logprobs:
+        raise HttpError(400, "top_logprobs needs logprobs: true", code="invalid_input", param="top_logprobs")
+    response, field_name = response_constraint(body)
+    limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    return Ask(
+        messages=chat_messages(body.messages),
+        sampling=body,
+        limits=Limits(body.max_completion_tokens or body.max_tokens, limit_name),
+        options=chat_options(body),
+        response=response,
+        response_field=field_name,
+        tool_fields=tuple(f"tools[{index}].function.parameters" for index in range(len(body.tools or ()))),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
 
 
 async def chat_completions(service: Service, call: Call) -> None:
@@ -38,43 +60,34 @@ async def chat_completions(service: Service, call: Call) -> None:
     body = decode_json(call.exchange.request, ChatRequest, service.settings)
     service.count_ignored(body)
     service.planner.check_model(body.model)
-    if body.top_logprobs and not body.logprobs:
-        raise HttpError(400, "top_logprobs needs logprobs: true", code="invalid_input", param="top_logprobs")
-    n = body.n or 1
-    service.planner.check_sequences(1, n)
-    prompt = await service.prompting.encode_chat(chat_messages(body.messages))
-    field_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    plans = service.planner.sequences(
-        body,
-        [prompt],
-        request_id=call.request_id,
-        limits=Limits(body.max_completion_tokens or body.max_tokens, field_name),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        deadline_s=call.remaining(service.clock),
-        param="messages",
-    )
-    call.stream, call.sequences, call.prompt_tokens = bool(body.stream), n, len(prompt)
+    prepared = await prepare(service, call, ask_of(body))
+    call.stream = bool(body.stream)
     created = int(service.clock.wall())
-    token_bytes = service.prompting.token_bytes
     if body.stream:
         include = body.stream_options is not None and bool(body.stream_options.include_usage)
-        stream = ChatStream(call, service, created, Tail(call.exchange, n), include)
-        states = await run_together([service.sequences.run(plan, call, API, stream.add) for plan in plans])
-        call.cached_tokens = states[0].cached_tokens
-        await stream.end(states, n)
+        stream = ChatStream(call, service, created, Tail(call.exchange, call.sequences), include)
+        states = await converse(service, call, prepared, API, lambda _: stream.add)
+        await stream.end(states, call.sequences)
         return
-    collected = [ChatCollector(token_bytes) for _ in plans]
-    runs = [service.sequences.run(plan, call, API, collected[plan.index].add) for plan in plans]
-    states = await run_together(runs)
-    call.cached_tokens = states[0].cached_tokens
-    choices = [one.choice(index) for index, one in enumerate(collected)]
+    await _whole(service, call, prepared, created)
+
+
+async def _whole(service: Service, call: Call, prepared: Prepared, created: int) -> None:
+    """Answer with everything at once."""
+    token_bytes, entropy = service.prompting.token_bytes, service.deps.entropy
+    collected = [ChatCollector(token_bytes, CollectedAnswer(entropy)) for _ in prepared.plans]
+
+    def sink_of(index: int) -> Sink:
+        return collected[index].add
+
+    states = await converse(service, call, prepared, API, sink_of)
     answer = ChatCompletion(
         id=call.request_id,
         object="chat.completion",
         created=created,
         model=service.info.name,
-        choices=choices,
-        usage=usage(states, n),
+        choices=[one.choice(index) for index, one in enumerate(collected)],
+        usage=usage(states, call.sequences),
         system_fingerprint=service.fingerprint,
     )
     await call.exchange.respond(200, encode(answer), "application/json")
@@ -85,23 +98,35 @@ class ChatCollector:
     """Collects one whole answer."""
 
     token_bytes: TokenBytes
-    text: list[str] = field(default_factory=list)
+    answer: CollectedAnswer
     entries: list[TokenLogprobEntry] | None = None
-    finish: str | None = None
 
     async def add(self, delta: Delta) -> None:
         """Take what a step added."""
-        self.text.append(delta.text)
+        await self.answer.add(delta)
         found = chat_logprobs(delta, self.token_bytes)
         if found is not None:
             self.entries = (self.entries or []) + found.content
-        self.finish = delta.finish
 
     def choice(self, index: int) -> ChatChoice:
         """The finished choice."""
+        answer = self.answer
         logprobs = None if self.entries is None else ChatLogprobs(self.entries)
-        message = AssistantMessage("assistant", "".join(self.text))
-        return ChatChoice(index, message, logprobs, "length" if self.finish == "length" else "stop")
+        calls = [ToolCallEntry(one.id, "function", CalledFunction(one.name, one.arguments)) for one in answer.calls]
+        message = AssistantMessage(
+            "assistant",
+            answer.text or (None if calls else ""),
+            reasoning_content=answer.reasoning or UNSET,
+            tool_calls=calls or UNSET,
+        )
+        return ChatChoice(index, message, logprobs, finish_reason(answer.finish, called=bool(calls)))
+
+
+def finish_reason(finish: str, *, called: bool) -> ChatFinishReason:
+    """OpenAI's reason of an answer that ended with `finish`. A call that was cut off is no call."""
+    if finish == "length":
+        return "length"
+    return "tool_calls" if called else "stop"
 
 
 class ChatStream:
@@ -114,6 +139,7 @@ class ChatStream:
         self._tail = tail
         self._include_usage = include_usage
         self._opened: set[int] = set()
+        self._called: set[int] = set()
         head = b'data: {"id":%b,"object":"chat.completion.chunk","created":%d,"model":%b,"system_fingerprint":%b,' % (
             encode(call.request_id),
             created,
@@ -132,15 +158,36 @@ class ChatStream:
             self._opened.add(delta.index)
             parts += [self._head, index, self._roles]
         logprobs = chat_logprobs(delta, self._service.prompting.token_bytes)
-        if logprobs is not None and logprobs.content:
-            choice = ChatChunkChoice(delta.index, ChatDelta(content=delta.text), logprobs, None)
-            parts.append(self._chunk([choice]))
+        if delta.parts or (logprobs is not None and logprobs.content):
+            parts += self._rich(delta, logprobs)
         elif delta.text:
             parts += [self._head, index, b',"delta":{"content":', encode(delta.text), self._after]
         if delta.finish is not None:
-            reason = b'"length"' if delta.finish == "length" else b'"stop"'
+            reason = encode(finish_reason(delta.finish, called=delta.index in self._called))
             parts += [self._head, index, b',"delta":{},"logprobs":null,"finish_reason":', reason, b"}]}\n\n"]
         await self._tail.put(b"".join(parts), last=delta.finish is not None)
+
+    def _rich(self, delta: Delta, logprobs: ChatLogprobs | None) -> list[bytes]:
+        """The chunks of a step that added more than text: one a part, the log probabilities with the first."""
+        chunks = []
+        for part in delta.parts or (Piece(delta.text),):
+            choice = ChatChunkChoice(delta.index, self._part(delta.index, part), logprobs, None)
+            chunks.append(self._chunk([choice]))
+            logprobs = None
+        return chunks
+
+    def _part(self, index: int, part: Piece) -> ChatDelta:
+        if part.calls:
+            self._called.add(index)
+            return ChatDelta(tool_calls=[self._tool_call(call) for call in part.calls])
+        return ChatDelta(reasoning_content=part.reasoning) if part.reasoning else ChatDelta(content=part.text)
+
+    def _tool_call(self, call: ToolDelta) -> ToolCallDelta:
+        """A part of a call: the first has a fresh id, the type and the name."""
+        if call.name is None:
+            return ToolCallDelta(call.index, FunctionDelta(call.arguments))
+        fresh = call_id(self._service.deps.entropy)
+        return ToolCallDelta(call.index, FunctionDelta(call.arguments, call.name), fresh, "function")
 
     def _chunk(self, choices: list[ChatChunkChoice], counts: Usage | None = None) -> bytes:
         chunk = ChatChunk(

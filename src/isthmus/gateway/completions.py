@@ -9,6 +9,7 @@ from isthmus.contracts.events import TokenLogprob
 from isthmus.gateway.context import Call
 from isthmus.gateway.decode import decode_json
 from isthmus.gateway.errors import HttpError
+from isthmus.gateway.output_form import OutputForm, response_constraint
 from isthmus.gateway.plan import Limits
 from isthmus.gateway.render import Tail, TokenBytes, completion_logprobs, encode, event, usage
 from isthmus.gateway.schema_requests import CompletionRequest
@@ -68,6 +69,7 @@ async def completions(service: Service, call: Call) -> None:
     if body.echo and body.logprobs is not None:
         message = "logprobs with echo needs prompt logprobs, which are not supported"
         raise HttpError(400, message, code="unsupported", param="echo")
+    constraint, field_name = response_constraint(body)
     prompts = await encode_prompts(service, body)
     n = body.n or 1
     plans = service.planner.sequences(
@@ -78,6 +80,7 @@ async def completions(service: Service, call: Call) -> None:
         logprobs=body.logprobs,
         deadline_s=call.remaining(service.clock),
         param="prompt",
+        form=OutputForm(constraint, field=field_name),
     )
     call.stream, call.sequences = bool(body.stream), len(plans)
     call.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)

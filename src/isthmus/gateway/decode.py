@@ -5,7 +5,7 @@ Messages are built from field names, limits and types only, so that what a clien
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
@@ -27,6 +27,12 @@ _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[]{}"')
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(\w+)`$")
+# What says of what kind a thing is: a kind that is not known here may well be one that others support.
+_KIND = re.compile(r"(content\[\d+\]|tools\[\d+\]|tool_choice|response_format)\.type$")
+_HINTS = {
+    "functions": "is deprecated and not supported by this server: send tools",
+    "function_call": "is deprecated and not supported by this server: send tool_choice",
+}
 _FIELD_NAME = re.compile(r"\w{1,64}")
 
 
@@ -36,8 +42,13 @@ def _decoder(type_: Hashable) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(cast("type[Any]", type_))
 
 
-def decode_json(request: HttpRequest, type_: type[T], settings: GatewaySettings) -> T:
-    """The body of `request` as a `type_`. Raises `HttpError` 400 or 415. The raw body is let go."""
+def decode_json(
+    request: HttpRequest, type_: type[T], settings: GatewaySettings, unsupported: Set[str] = UNSUPPORTED_FIELDS
+) -> T:
+    """The body of `request` as a `type_`. Raises `HttpError` 400 or 415. The raw body is let go.
+
+    `unsupported` are the fields of the dialect that are known and taken only with the value that means off.
+    """
     check_content_type(request.headers.get("content-type"))
     body = bytes(request.body)
     request.body.clear()
@@ -51,7 +62,7 @@ def decode_json(request: HttpRequest, type_: type[T], settings: GatewaySettings)
     try:
         value: T = _decoder(cast("Hashable", type_)).decode(body)
     except msgspec.ValidationError as error:
-        raise invalid_field(str(error)) from None
+        raise invalid_field(str(error), unsupported) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise HttpError(400, "the body is not valid JSON", code="invalid_json") from None
     return value
@@ -88,7 +99,7 @@ def check_depth(body: bytes, limit: int) -> None:
     raise HttpError(400, f"the JSON body is nested over {limit} levels deep", code="too_large")
 
 
-def invalid_field(text: str) -> HttpError:
+def invalid_field(text: str, unsupported: Set[str] = UNSUPPORTED_FIELDS) -> HttpError:
     """A complaint of msgspec as an error that names the field by its path and repeats nothing that was sent."""
     found = _PATH.search(text)
     path = found.group(1) if found else ""
@@ -105,16 +116,17 @@ def invalid_field(text: str) -> HttpError:
         return HttpError(400, f"the field {param} is required", code="missing_field", param=param)
     top = re.split(r"[.\[]", path, maxsplit=1)[0]
     leaf = path.rpartition(".")[2].partition("[")[0]
-    if top in UNSUPPORTED_FIELDS or leaf in UNSUPPORTED_FIELDS or re.search(r"content\[\d+\]\.type$", path):
+    if top in unsupported or leaf in unsupported or _KIND.search(path):
         return unsupported_field(path)
-    if what.startswith("Invalid enum value"):
+    if what.startswith(("Invalid enum value", "Invalid value")):
         what = "the value is not one of those accepted"
     return HttpError(400, f"{path or 'body'}: {what}", code="invalid_input", param=path or None)
 
 
 def unsupported_field(path: str) -> HttpError:
     """A known field whose use this build does not support."""
-    return HttpError(400, f"{path} is not supported by this server", code="unsupported", param=path)
+    hint = _HINTS.get(path, "is not supported by this server")
+    return HttpError(400, f"{path} {hint}", code="unsupported", param=path)
 
 
 def _unknown_field(path: str, name: str) -> HttpError:

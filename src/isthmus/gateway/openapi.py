@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from isthmus import __version__
+from isthmus.gateway.anthropic_schema import AnthropicError, CountRequest, MessageOut, MessagesRequest, TokenCount
 from isthmus.gateway.errors import ErrorBody
 from isthmus.gateway.schema_requests import (
     IGNORED_FIELDS,
@@ -36,7 +37,8 @@ Json = dict[str, Any]
 
 _STRUCTS = (
     ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, ErrorBody, ChatCompletion, ChatChunk,
-    Completion, ModelList, Model, TokenizeResponse, DetokenizeResponse, Status, Version,
+    Completion, ModelList, Model, TokenizeResponse, DetokenizeResponse, Status, Version, MessagesRequest, CountRequest,
+    MessageOut, TokenCount, AnthropicError,
 )  # fmt: skip
 _REF = "#/components/schemas/{name}"
 _ID_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
@@ -64,14 +66,14 @@ def _json(struct: type) -> Json:
     return {"application/json": {"schema": _ref(struct)}}
 
 
-def _responses(content: Json, summary: str, errors: tuple[str, ...]) -> Json:
+def _responses(content: Json, summary: str, errors: tuple[str, ...], error: type = ErrorBody) -> Json:
     headers = {
         "x-request-id": {"description": "The request's id.", "schema": {"type": "string"}, "required": True},
         "traceparent": {"description": "W3C trace context.", "schema": {"type": "string"}, "required": True},
     }
     found: Json = {"200": {"description": summary, "content": content, "headers": headers}}
     for status in sorted(errors):
-        found[status] = {"description": _ERRORS[status], "content": _json(ErrorBody)}
+        found[status] = {"description": _ERRORS[status], "content": _json(error)}
         if status == "503":
             schema = {"type": "integer", "minimum": 1}
             found[status]["headers"] = {"retry-after": {"description": "Seconds.", "schema": schema}}
@@ -91,7 +93,7 @@ def _get(operation: str, summary: str, content: Json, extra: tuple[str, ...] = (
     return {"get": {"operationId": operation, "summary": summary, "parameters": _tracing(), "responses": responses}}
 
 
-def _post(operation: str, summary: str, body: type, content: Json) -> Json:
+def _post(operation: str, summary: str, body: type, content: Json, error: type = ErrorBody) -> Json:
     timeout = _header(
         "x-request-timeout-ms", "Deadline in milliseconds.", {"type": "integer", "minimum": 1, "maximum": 3_600_000}
     )
@@ -101,7 +103,7 @@ def _post(operation: str, summary: str, body: type, content: Json) -> Json:
             "summary": summary,
             "parameters": [*_tracing(), timeout],
             "requestBody": {"required": True, "content": _json(body)},
-            "responses": _responses(content, summary, _POST_ERRORS),
+            "responses": _responses(content, summary, _POST_ERRORS, error),
         }
     }
 
@@ -118,6 +120,19 @@ def _streamed(struct: type, chunk: type) -> Json:
     return {**_json(struct), "text/event-stream": {"schema": event}}
 
 
+def _events() -> Json:
+    """An answer in Anthropic's dialect: a message, or a stream of named events."""
+    data = {
+        "type": "string",
+        "description": "JSON whose type is the event's name: message_start, ping, content_block_start, "
+        "content_block_delta, content_block_stop, message_delta, message_stop; or error, the last.",
+        "contentMediaType": "application/json",
+    }
+    fields = {"event": {"type": "string"}, "data": data}
+    event = {"type": "object", "properties": fields, "required": ["event", "data"]}
+    return {**_json(MessageOut), "text/event-stream": {"schema": event}}
+
+
 def _paths() -> Json:
     plain = {"text/plain": {"schema": {"type": "string"}}}
     anything = {"application/json": {"schema": {"type": "object"}}}
@@ -130,6 +145,12 @@ def _paths() -> Json:
         ),
         "/v1/completions": _post(
             "create_completion", "Continue one or more prompts.", CompletionRequest, _streamed(Completion, Completion)
+        ),
+        "/v1/messages": _post(
+            "create_message", "Answer a conversation (Anthropic).", MessagesRequest, _events(), AnthropicError
+        ),
+        "/v1/messages/count_tokens": _post(
+            "count_tokens", "The tokens of a conversation (Anthropic).", CountRequest, _json(TokenCount), AnthropicError
         ),
         "/v1/models": _get("list_models", "The served models.", _json(ModelList)),
         "/v1/models/{model}": model,
@@ -180,8 +201,10 @@ def document() -> Json:
     ignored = ", ".join(sorted(IGNORED_FIELDS))
     off = ", ".join(sorted(UNSUPPORTED_FIELDS))
     notes = (
-        "OpenAI's API over Isthmus. A field that is not listed is refused by name. "
+        "OpenAI's and Anthropic's APIs over Isthmus. A field that is not listed is refused by name. "
         f"Accepted without effect: {ignored}. Accepted only with the value that means off: {off}. "
+        "One of `response_format`, `structured_outputs` and the `guided_` fields may demand a form of the output; it "
+        "is kept token by token, `strict` or not, or the request is refused with the reason. "
         "`max_completion_tokens` goes before `max_tokens`. `stream_options` has an effect on streams only. "
         "Messages in error objects never repeat what was sent."
     )

@@ -18,8 +18,9 @@ from isthmus.contracts.ids import Namespace, RequestId
 from isthmus.contracts.ids import request_id as check_request_id
 from isthmus.contracts.keys import PrefixScope
 from isthmus.contracts.requests import EngineRequest
-from isthmus.contracts.sampling import SEED_LIMIT, SamplingParams, TextParams
+from isthmus.contracts.sampling import OPENAI_DEFAULTS, SEED_LIMIT, SamplingDefaults, SamplingParams, TextParams
 from isthmus.gateway.errors import HttpError, context_length_exceeded
+from isthmus.gateway.output_form import FREE, OutputForm
 from isthmus.gateway.schema_requests import SamplingFields
 from isthmus.gateway.settings import GatewaySettings
 
@@ -33,14 +34,19 @@ class SequencePlan:
     index: int
     request: EngineRequest
     text: TextParams
+    form: OutputForm = FREE
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the body says about length: its output limit and the name of the field that said it."""
+    """What the body says about length: its output limit and the name of the field that said it.
+
+    A limit over what the context leaves is refused, or with `cut_to_context` cut to it.
+    """
 
     max_tokens: int | None
     field: str = "max_tokens"
+    cut_to_context: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,7 @@ class Planner:
     namespace: Namespace
     settings: GatewaySettings
     entropy: Entropy
+    defaults: SamplingDefaults = OPENAI_DEFAULTS
 
     def check_model(self, name: str | None) -> None:
         """Refuse any model but the one served. Raises `HttpError` 404."""
@@ -81,8 +88,12 @@ class Planner:
         logprobs: int | None,
         deadline_s: float | None,
         param: str,
+        form: OutputForm = FREE,
     ) -> list[SequencePlan]:
-        """The engine requests of `body` for `prompts`. Raises `HttpError` and `InvalidInput` naming the field."""
+        """The engine requests of `body` for `prompts`. Raises `HttpError` and `InvalidInput` naming the field.
+
+        `form` is of every output. Of what `body` says nothing about, the model's own sampling defaults hold.
+        """
         n = body.n or 1
         seed = draw_seed(self.entropy) if body.seed is None else body.seed % SEED_LIMIT
         scope = PrefixScope(self.namespace, self.info.name)
@@ -100,8 +111,9 @@ class Planner:
                     sampling=sampling,
                     priority=body.priority or 0,
                     deadline_s=deadline_s,
+                    constraint=form.constraint,
                 )
-                plans.append(SequencePlan(index, request, text))
+                plans.append(SequencePlan(index, request, text, form))
         return plans
 
     def check_context(self, prompt_tokens: int, param: str) -> None:
@@ -119,12 +131,15 @@ class Planner:
         left = context - prompt_tokens
         if limits.max_tokens is None:
             return min(left, self.settings.default_max_tokens)
+        if limits.max_tokens > left and limits.cut_to_context:
+            return left
         if limits.max_tokens > left:
             asked = f"{prompt_tokens} tokens of prompt and {limits.max_tokens} of output"
             raise context_length_exceeded(f"{asked} are over the context of {context}", limits.field)
         return limits.max_tokens
 
     def _sampling(self, body: SamplingFields, max_tokens: int, seed: int, logprobs: int | None) -> SamplingParams:
+        defaults = self.defaults
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
         self.check_tokens(list(bias), "logit_bias")
         stop_ids = tuple(body.stop_token_ids or ())
@@ -132,13 +147,13 @@ class Planner:
         return SamplingParams(
             max_tokens=max_tokens,
             seed=seed,
-            temperature=_or(body.temperature, 1.0),
-            top_k=max(0, _or(body.top_k, 0)),
-            top_p=_or(body.top_p, 1.0),
-            min_p=_or(body.min_p, 0.0),
+            temperature=_or(body.temperature, defaults.temperature),
+            top_k=max(0, _or(body.top_k, defaults.top_k)),
+            top_p=_or(body.top_p, defaults.top_p),
+            min_p=_or(body.min_p, defaults.min_p),
             presence_penalty=_or(body.presence_penalty, 0.0),
             frequency_penalty=_or(body.frequency_penalty, 0.0),
-            repetition_penalty=_or(body.repetition_penalty, 1.0),
+            repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
             logit_bias=bias,
             logprobs=logprobs,
             stop_token_ids=stop_ids,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from isthmus.contracts.events import TokenLogprob
+from isthmus.gateway.errors import HttpError
 from isthmus.gateway.exchange import Exchange
 from isthmus.gateway.schema_responses import (
     ChatLogprobs,
@@ -26,6 +27,20 @@ TokenBytes = Callable[[int], bytes]
 def event(value: object) -> bytes:
     """`value` as one server-sent event."""
     return b"data: " + encode(value) + b"\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFormat:
+    """How a dialect writes an error: as the body of an answer, and as the last events of a stream that has begun.
+
+    Both are given the error and the request's id.
+    """
+
+    body: Callable[[HttpError, str], bytes]
+    events: Callable[[HttpError, str], bytes]
+
+
+OPENAI_ERRORS = ErrorFormat(lambda error, _: encode(error.body), lambda error, _: event(error.body) + DONE)
 
 
 def usage(states: Sequence[SequenceState], n: int) -> Usage:
@@ -77,10 +92,14 @@ def legacy_token(raw: bytes) -> str:
 
 @dataclass(slots=True)
 class Tail:
-    """Writes a stream's events: one write a step, and the last step together with the end of the stream."""
+    """Writes a stream's events: one write a step, and the last step together with the end of the stream.
+
+    `done` is what the dialect ends every stream with.
+    """
 
     exchange: Exchange
     sequences: int
+    done: bytes = DONE
     _held: bytes = b""
     _ended: int = field(default=0)
 
@@ -96,4 +115,4 @@ class Tail:
 
     async def end(self, data: bytes) -> None:
         """Send what is held, `data`, and the end."""
-        await self.exchange.end(self._held + data + DONE)
+        await self.exchange.end(self._held + data + self.done)

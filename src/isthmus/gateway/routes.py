@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from isthmus import __version__
 from isthmus.contracts.errors import Draining
+from isthmus.gateway.anthropic import ANTHROPIC_ERRORS, count_tokens, messages
 from isthmus.gateway.chat import chat_completions
 from isthmus.gateway.completions import completions
 from isthmus.gateway.context import Call
 from isthmus.gateway.errors import HttpError
 from isthmus.gateway.openapi import document
-from isthmus.gateway.render import encode
+from isthmus.gateway.render import OPENAI_ERRORS, ErrorFormat, encode
 from isthmus.gateway.schema_responses import Model, ModelList, Status, Version
 from isthmus.gateway.service import Service
 from isthmus.gateway.tokens import detokenize, tokenize
@@ -23,13 +24,17 @@ Handler = Callable[[Service, Call], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path and its handlers. `id_prefix` starts the ids of its requests; `gated` ones count in flight."""
+    """A path and its handlers. `id_prefix` starts the ids of its requests; `gated` ones count in flight.
+
+    `errors` is how the dialect spoken there writes them.
+    """
 
     pattern: str
     method: str
     handler: Handler
     id_prefix: str = "req"
     gated: bool = False
+    errors: ErrorFormat = OPENAI_ERRORS
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -93,6 +98,8 @@ ROUTES = {
     for route in (
         Route("/v1/chat/completions", "POST", chat_completions, "chatcmpl", gated=True),
         Route("/v1/completions", "POST", completions, "cmpl", gated=True),
+        Route("/v1/messages", "POST", messages, "msg", gated=True, errors=ANTHROPIC_ERRORS),
+        Route("/v1/messages/count_tokens", "POST", count_tokens, "msg", gated=True, errors=ANTHROPIC_ERRORS),
         Route("/tokenize", "POST", tokenize, gated=True),
         Route("/detokenize", "POST", detokenize, gated=True),
         Route("/v1/models", "GET", models),

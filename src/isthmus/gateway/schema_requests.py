@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
-from isthmus.contracts.prompting import MAX_MESSAGES
+from isthmus.contracts.prompting import MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
 from isthmus.contracts.requests import MAX_PROMPT_TOKENS, PRIORITY_RANGE
 from isthmus.contracts.sampling import (
     MAX_LOGIT_BIAS,
@@ -22,6 +22,19 @@ from isthmus.contracts.sampling import (
     MAX_TOKENS_LIMIT,
     MAX_TOP_K,
 )
+from isthmus.gateway.schema_tools import (
+    CallId,
+    Choices,
+    Effort,
+    MessageToolCall,
+    NamedTool,
+    Pattern,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    TemplateOptions,
+    Tool,
+)
 
 MAX_N = 64
 MAX_PROMPTS = 64
@@ -30,12 +43,11 @@ MAX_INT = 2**63 - 1
 
 IGNORED_FIELDS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "tool_call_id", "refusal",
+    "refusal",
 })  # fmt: skip
 UNSUPPORTED_FIELDS = frozenset({
-    "tools", "tool_choice", "functions", "function_call", "tool_calls", "response_format", "modalities", "audio",
-    "prediction", "web_search_options", "reasoning_effort", "verbosity", "suffix", "best_of", "lora", "adapter",
-    "media", "images", "annotations",
+    "functions", "function_call", "modalities", "audio", "prediction", "web_search_options", "verbosity", "suffix",
+    "best_of", "lora", "adapter", "media", "images", "annotations",
 })  # fmt: skip
 
 ModelName = Annotated[str, Meta(min_length=1, max_length=MAX_MODEL_NAME_CHARS)]
@@ -54,12 +66,6 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None
 
 
-class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The only output format there is."""
-
-    type: Literal["text"]
-
-
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A text part of a message's content."""
 
@@ -68,14 +74,20 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message. Text parts are joined with newlines; null content is empty text."""
+    """One message. Text parts are joined with newlines; null content is empty text.
+
+    Calls and reasoning are an assistant's, as an answer gave them, and the id of the call that is answered is a tool's:
+    elsewhere they are refused. `reasoning` is another name of `reasoning_content`.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_call_id: str | None = None
+    tool_call_id: CallId | None = None
+    tool_calls: Annotated[list[MessageToolCall], Meta(max_length=MAX_TOOL_CALLS)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     refusal: str | None = None
-    tool_calls: Nothing | None = None
     function_call: None = None
     audio: None = None
     annotations: Nothing | None = None
@@ -118,6 +130,12 @@ class SamplingFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | Pattern | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
     lora: None = None
     adapter: None = None
     media: Nothing | None = None
@@ -132,16 +150,16 @@ class ChatRequest(SamplingFields, frozen=True, forbid_unknown_fields=True, kw_on
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     parallel_tool_calls: bool | None = None
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
     web_search_options: None = None
-    reasoning_effort: None = None
     verbosity: None = None
 
 
@@ -153,15 +171,16 @@ class CompletionRequest(SamplingFields, frozen=True, forbid_unknown_fields=True,
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: None = None
     best_of: Literal[1] | None = None
-    response_format: TextFormat | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """POST /tokenize: `prompt` or `messages`, one of them (vLLM's shape)."""
+    """POST /tokenize: `prompt` or `messages`, one of them (vLLM's shape). `tools` are those of a conversation."""
 
     model: ModelName | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
 

@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -55,12 +56,31 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What was called. `arguments` is JSON text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallEntry(msgspec.Struct, frozen=True):
+    """A tool call of a whole answer."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """A whole answer."""
+    """A whole answer. `content` is null when there are only calls; calls and reasoning are there only if the model
+    made some.
+    """
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallEntry] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -69,7 +89,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
@@ -84,11 +104,29 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     system_fingerprint: str
 
 
+class FunctionDelta(msgspec.Struct, frozen=True):
+    """What a chunk adds to a called function: its name, once, and pieces of its arguments."""
+
+    arguments: str
+    name: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """What a chunk adds to the `index`-th call. Id, type and name come with its first."""
+
+    index: int
+    function: FunctionDelta
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    type: Literal["function"] | msgspec.UnsetType = msgspec.UNSET
+
+
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a chunk adds."""
 
     role: Literal["assistant"] | msgspec.UnsetType = msgspec.UNSET
     content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallDelta] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -97,7 +135,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatChunk(msgspec.Struct, frozen=True):

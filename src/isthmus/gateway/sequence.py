@@ -14,27 +14,37 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from isthmus.contracts.clock import Clock
-from isthmus.contracts.errors import DeadlineExceeded, EngineFailed, IsthmusError
+from isthmus.contracts.errors import DeadlineExceeded, EngineFailed, InvalidInput, IsthmusError
 from isthmus.contracts.events import Finish, ModelInfo, RequestOutput, TokenLogprob
 from isthmus.contracts.ids import Namespace
 from isthmus.contracts.journal import LineageFact
 from isthmus.contracts.ports import Engine, Lineage, Prompting
+from isthmus.contracts.prompting import Piece
 from isthmus.contracts.telemetry import Count, Metrics
 from isthmus.gateway.context import Call
 from isthmus.gateway.errors import CLIENT_CLOSED_STATUS, from_wire, to_http
 from isthmus.gateway.outgoing import Disconnected
+from isthmus.gateway.parts import parts_of
 from isthmus.gateway.plan import SequencePlan
 
 
 @dataclass(slots=True)
 class Delta:
-    """What one step added to a sequence. `finish` is OpenAI's reason, on the last one."""
+    """What one step added to a sequence. The last has OpenAI's reason as `finish`; `stopped`: a stop string was met,
+    which is `stop`.
+
+    `parts` are what was added in order, where it is more than text: each part is reasoning, text or one call's next
+    part. `text` is all of the text, with or without parts.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
     finish: str | None = None
+    stopped: bool = False
+    parts: tuple[Piece, ...] = ()
+    stop: str = ""
 
 
 Sink = Callable[[Delta], Awaitable[None]]
@@ -79,6 +89,9 @@ class SequenceRunner:
             http = to_http(error)
             state.status, state.error = http.status, http.code
             state.outcome = state.outcome or _outcome(error)
+            if isinstance(error, InvalidInput) and error.field == "constraint" and plan.form.field:
+                # The client demanded a form in a field of its own dialect and knows no constraint.
+                raise type(error)(str(error), plan.form.field) from None
             raise
         except Disconnected:
             state.outcome, state.status = "disconnected", CLIENT_CLOSED_STATUS
@@ -114,7 +127,7 @@ class SequenceRunner:
     async def _consume(
         self, outputs: AsyncIterator[RequestOutput], plan: SequencePlan, call: Call, state: SequenceState, sink: Sink
     ) -> None:
-        assembler = self.prompting.assembler(plan.text)
+        assembler = self.prompting.assembler(plan.text, plan.form.parse)
         async for output in outputs:
             self._observe(output, call, state)
             if output.finish is not None:
@@ -122,11 +135,11 @@ class SequenceRunner:
                 state.outcome = output.finish.value
                 _raise_failure(output)
             ids, logprobs = _text_tokens(output)
-            text, used, stopped = [], 0, False
+            pieces, used, stopped = [], 0, False
             for token in ids:
                 piece = assembler.feed((token,))
                 used += 1
-                text.append(piece.text)
+                pieces.append(piece)
                 if piece.stopped:
                     stopped = True
                     break
@@ -134,11 +147,12 @@ class SequenceRunner:
             delta = Delta(plan.index, "", list(ids[:used]), None if logprobs is None else logprobs[:used])
             if output.finish is not None and not stopped:
                 piece = assembler.finish()
-                text.append(piece.text)
+                pieces.append(piece)
                 stopped = piece.stopped
-            delta.text = "".join(text)
+            delta.text, delta.parts = "".join(piece.text for piece in pieces), parts_of(pieces)
             if stopped:
                 delta.finish = state.outcome = Finish.STOP.value
+                delta.stopped, delta.stop = True, piece.stop
             elif output.finish is not None:
                 delta.finish = "length" if output.finish is Finish.LENGTH else "stop"
             if delta.finish is not None:

@@ -20,7 +20,7 @@ from isthmus.gateway.errors import CLIENT_CLOSED_STATUS, HttpError, to_http
 from isthmus.gateway.exchange import Exchange
 from isthmus.gateway.message import HttpRequest, check_host
 from isthmus.gateway.outgoing import Disconnected
-from isthmus.gateway.render import DONE, encode, event
+from isthmus.gateway.render import OPENAI_ERRORS
 from isthmus.gateway.routes import Route, check_method, find_route
 from isthmus.gateway.service import GatewayDeps, Service, build_service
 from isthmus.gateway.settings import GatewaySettings
@@ -178,9 +178,9 @@ class Gateway:
         try:
             await self._dispatch(call, route)
         except HttpError as error:
-            await self._fail(call, error)
+            await self._fail(call, route, error)
         except IsthmusError as error:
-            await self._fail(call, to_http(error))
+            await self._fail(call, route, to_http(error))
 
     async def _dispatch(self, call: Call, route: Route | None) -> None:
         """Run the route's handler within the request's deadline and the in-flight limit."""
@@ -227,14 +227,16 @@ class Gateway:
         except TimeoutError as error:
             raise DeadlineExceeded("the deadline of this request passed") from error
 
-    async def _fail(self, call: Call, error: HttpError) -> None:
-        """Answer with an error; in a stream that has begun, as its last event."""
+    async def _fail(self, call: Call, route: Route | None, error: HttpError) -> None:
+        """Answer with an error in the route's dialect; in a stream that has begun, as its last event."""
         exchange = call.exchange
         call.error = error.code
+        errors = route.errors if route is not None else OPENAI_ERRORS
         if exchange.started:
-            await exchange.end(event(error.body) + DONE)
+            await exchange.end(errors.events(error, call.request_id))
         else:
-            await exchange.respond(error.status, encode(error.body), "application/json", error.headers)
+            body = errors.body(error, call.request_id)
+            await exchange.respond(error.status, body, "application/json", error.headers)
 
     # -- bookkeeping
 

@@ -7,6 +7,7 @@ from isthmus.contracts.clock import Clock, Entropy
 from isthmus.contracts.events import ModelInfo
 from isthmus.contracts.ids import Namespace
 from isthmus.contracts.ports import Engine, Lineage, Prompting
+from isthmus.contracts.sampling import OPENAI_DEFAULTS, SamplingDefaults
 from isthmus.contracts.telemetry import Count, Metrics, RequestLog
 from isthmus.gateway.plan import Planner
 from isthmus.gateway.schema_requests import IGNORED_FIELDS, SamplingFields
@@ -16,7 +17,10 @@ from isthmus.gateway.settings import GatewaySettings
 
 @dataclass(frozen=True, slots=True)
 class GatewayDeps:
-    """The ports that `app.py` hands the gateway. `namespace` is that of the keyless default tenant."""
+    """The ports that `app.py` hands the gateway. `namespace` is that of the keyless default tenant.
+
+    `defaults` hold where a request says nothing about sampling.
+    """
 
     engine: Engine
     prompting: Prompting
@@ -26,6 +30,7 @@ class GatewayDeps:
     clock: Clock
     entropy: Entropy
     namespace: Namespace
+    defaults: SamplingDefaults = OPENAI_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ def build_service(deps: GatewayDeps, settings: GatewaySettings, draining: Callab
         deps=deps,
         settings=settings,
         info=info,
-        planner=Planner(info, deps.namespace, settings, deps.entropy),
+        planner=Planner(info, deps.namespace, settings, deps.entropy, deps.defaults),
         sequences=SequenceRunner(deps.engine, info, deps.prompting, deps.lineage, deps.metrics, deps.clock),
         fingerprint=f"fp_{info.weights.hex()[:16]}",
         started_wall=deps.clock.wall(),

@@ -37,8 +37,8 @@ class GatewaySettings:
     """Body of one request."""
     max_buffered_bytes: int = 256 * MIB
     """Bodies of all requests that are being received; over it a request is answered 503."""
-    max_json_depth: int = 16
-    """Nesting of arrays and objects in a JSON body."""
+    max_json_depth: int = 64
+    """Nesting of arrays and objects in a JSON body. Schemas of tools nest deepest, and have a limit of their own."""
     max_pipelined: int = 8
     """Requests waiting behind the one being answered on a connection; over it the connection closes after them."""
     header_timeout_s: float = 10.0

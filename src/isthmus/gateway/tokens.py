@@ -1,13 +1,15 @@
 """POST /tokenize and /detokenize, in vLLM's shapes."""
 
-from isthmus.gateway.chat import chat_messages
+from isthmus.contracts.prompting import ChatOptions
 from isthmus.gateway.context import Call
 from isthmus.gateway.decode import decode_json
 from isthmus.gateway.errors import HttpError
+from isthmus.gateway.output_form import tool_definitions
 from isthmus.gateway.render import encode
 from isthmus.gateway.schema_requests import DetokenizeRequest, TokenizeRequest
 from isthmus.gateway.schema_responses import DetokenizeResponse, TokenizeResponse
 from isthmus.gateway.service import Service
+from isthmus.gateway.tools import chat_messages, thinking
 
 
 async def tokenize(service: Service, call: Call) -> None:
@@ -17,8 +19,12 @@ async def tokenize(service: Service, call: Call) -> None:
     if (body.prompt is None) == (body.messages is None):
         raise HttpError(400, "one of prompt and messages is needed", code="invalid_input", param="prompt")
     if body.messages is not None:
-        prompt = body.add_generation_prompt is not False
-        ids = await service.prompting.encode_chat(chat_messages(body.messages), add_generation_prompt=prompt)
+        options = ChatOptions(
+            tools=tool_definitions(body.tools),
+            thinking=thinking(body.chat_template_kwargs),
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+        ids = await service.prompting.encode_chat(chat_messages(body.messages), options)
     else:
         special = body.add_special_tokens is not False
         ids = await service.prompting.encode(body.prompt or "", add_special_tokens=special)

@@ -28,6 +28,10 @@ _GAUGES = (
     ("isthmus_blocks_free", "KV blocks that hold nothing.", "blocks_free"),
     ("isthmus_blocks_cached", "KV blocks kept for reuse and leased by nobody.", "blocks_cached"),
     ("isthmus_blocks_leased", "KV blocks in use by requests.", "blocks_leased"),
+    ("isthmus_state_slots", "Slots of recurrent state (hybrid models).", "states_total"),
+    ("isthmus_state_slots_free", "State slots that hold nothing.", "states_free"),
+    ("isthmus_state_snapshots", "State snapshots kept for reuse.", "states_cached"),
+    ("isthmus_state_slots_leased", "State slots in use by requests.", "states_leased"),
 )
 _COUNTERS = (
     ("vllm:num_preemptions", "Preemptions.", "preemptions"),
@@ -41,6 +45,14 @@ _COUNTERS = (
     ("isthmus_engine_rejected", "Requests the engine refused.", "rejected"),
     ("isthmus_engine_aborted", "Requests aborted.", "aborted"),
     ("isthmus_engine_finished", "Requests finished.", "finished"),
+    ("isthmus_snapshots_taken", "State snapshots taken.", "snapshots_taken"),
+    ("isthmus_snapshots_evicted", "State snapshots evicted.", "snapshots_evicted"),
+    ("isthmus_snapshot_hits", "Requests that started from a state snapshot.", "snapshot_hits"),
+    ("isthmus_constrained", "Requests with a constraint on their output.", "constrained"),
+    ("isthmus_grammar_refused", "Constraints that were refused or could not be followed.", "grammar_refused"),
+    ("isthmus_grammar_restarts", "Restarts of the grammar process.", "grammar_restarts"),
+    ("isthmus_grammar_masks", "Masks computed by the grammar process.", "masks_computed"),
+    ("isthmus_mask_wait_seconds", "What constrained outputs waited for masks, summed.", "mask_wait_s"),
 )
 
 

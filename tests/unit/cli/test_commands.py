@@ -43,6 +43,9 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         chat = "messages" in body
+        if self.mode == "tools" and body["messages"][-1]["role"] == "user":
+            self._calls()
+            return
         for piece in PIECES:
             self._event({"choices": [{"delta": {"content": piece}} if chat else {"text": piece}]})
         if self.mode == "endless":
@@ -57,6 +60,19 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
         self._event({"choices": [{"delta": {}, "finish_reason": "length"}]})
         usage = {"prompt_tokens": 20, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 16}}
         self._event({"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _calls(self) -> None:
+        """Think, speak, and call two tools, in pieces."""
+        first = {"index": 0, "id": "call_a", "type": "function", "function": {"name": "weather", "arguments": ""}}
+        second = {"index": 1, "id": "call_b", "type": "function", "function": {"name": "time\x07", "arguments": "{}"}}
+        rest = {"index": 0, "function": {"arguments": '{"city":'}}, {"index": 0, "function": {"arguments": ' "Rome"}'}}
+        for delta in (
+            {"reasoning_content": "Two \x1b["}, {"reasoning_content": "tools."}, {"content": "Let me see."},
+            {"tool_calls": [first]}, {"tool_calls": [rest[0]]}, {"tool_calls": [rest[1], second]},
+        ):  # fmt: skip
+            self._event({"choices": [{"delta": delta}]})
+        self._event({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, value: dict[str, object]) -> None:
@@ -137,6 +153,30 @@ def test_chat_streams_answers_and_keeps_the_conversation(server: type[FakeServer
     assert server.bodies[3]["messages"][0]["content"] == "be brief"  # type: ignore[index]
     assert server.bodies[0]["temperature"] == 0
     assert len(json.loads(saved.read_text())) == 5
+
+
+def test_chat_shows_reasoning_and_calls_and_takes_their_results(server: type[FakeServer], tmp_path: Path) -> None:
+    server.mode = "tools"
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"type": "function"}]')
+    url = server.url  # type: ignore[attr-defined]
+    done = isthmus("chat", "--url", url, "--tools", str(tools), text="weather and time?\n17\nnoon\n/quit\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 'tiny> Two [tools.\nLet me see.\ncalls weather with {"city": "Rome"}\ncalls time with {}\n' in done.stdout
+    results = [line for line in done.stdout.splitlines() if line.startswith("the next line is the result of ")]
+    assert results == ["the next line is the result of weather", "the next line is the result of time"]
+    assert f"tiny> {SHOWN}\n" in done.stdout
+    first, second = server.bodies
+    assert first["tools"] == second["tools"] == [{"type": "function"}]
+    asked = second["messages"]
+    assert [message["role"] for message in asked] == ["user", "assistant", "tool", "tool"]  # type: ignore[attr-defined]
+    assert asked[1]["reasoning_content"] == "Two \x1b[tools."  # type: ignore[index]
+    calls = [(call["id"], call["function"]["arguments"]) for call in asked[1]["tool_calls"]]  # type: ignore[index]
+    assert calls == [("call_a", '{"city": "Rome"}'), ("call_b", "{}")]
+    assert [(one["tool_call_id"], one["content"]) for one in asked[2:]] == [("call_a", "17"), ("call_b", "noon")]  # type: ignore[index]
+    tools.write_text("{}")
+    wrong = isthmus("chat", "--url", url, "--tools", str(tools))
+    assert (wrong.returncode, "no JSON array" in wrong.stderr) == (2, True)
 
 
 def test_a_refused_question_is_taken_back_and_the_chat_goes_on(server: type[FakeServer]) -> None:

@@ -94,7 +94,7 @@ def test_the_self_test_notices_attention_that_depends_on_the_chunk(
     def shifted(self: exact.TiledAttention, spans: list, memory: object, heads: int) -> object:
         step = real(self, spans, memory, heads)
         scale = 1.0 + 2.0**-23 * (len(spans) > 1)
-        return lambda layer, query: step(layer, query) * scale
+        return lambda layer, query, window=0: step(layer, query, window) * scale
 
     monkeypatch.setattr(exact.TiledAttention, "plan", shifted)
     with pytest.raises(ExactUnavailable, match="bitwise"):

@@ -9,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.tiny_models import edit_config, make_model, open_tiny
+from transformers import AutoConfig
 
 from isthmus.contracts.errors import ModelInvalid
+from isthmus.execution.inference.check import check_folder
+from isthmus.execution.inference.config_families import MoeConfig
 from isthmus.execution.inference.model_config import load_config
+from isthmus.execution.inference.models.families import FAMILIES, tensor_layout
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.norm.weight"
@@ -26,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "mamba"}, 'model_type "mamba" is not served; accepted: llama, qwen3'),
+        ({"model_type": "mamba"}, 'model_type "mamba" is not served; accepted: llama, mistral, qwen2'),
         ({"model_type": None}, "model_type"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -56,6 +60,135 @@ def test_configs_that_are_not_served_are_refused_by_name(folder: Path, changes: 
     edit_config(folder, **changes)
     with pytest.raises(ModelInvalid, match=match):
         open_tiny(folder)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+def configured(folder: Path, model_type: str, **entries: object) -> Path:
+    """A folder with a config.json alone: four layers."""
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    config |= {"model_type": model_type, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries", "expected"),
+    [
+        ("llama", {}, (0, 0, 0, 0)),
+        ("mistral", {}, (4096, 4096, 4096, 4096)),
+        ("mistral", {"sliding_window": None}, (0, 0, 0, 0)),
+        ("mistral", {"sliding_window": 512, "max_position_embeddings": 512}, (0, 0, 0, 0)),
+        ("mistral", {"sliding_window": 511, "max_position_embeddings": 512}, (511, 511, 511, 511)),
+        ("mistral", {"sliding_window": 9, "layer_types": [SLIDING] * 4}, (9, 9, 9, 9)),
+        ("qwen2", {"sliding_window": 9}, (0, 0, 0, 0)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9}, (0, 0, 0, 0)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, (9, 9, 9, 9)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, (0, 0, 0, 9)),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 9, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
+            (9, 0, 9, 0),
+        ),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, (9, 9, 9, 9)),
+        ("qwen3_moe", {"use_sliding_window": False, "sliding_window": 9}, (0, 0, 0, 0)),
+    ],
+)
+def test_each_layer_has_the_window_transformers_gives_it(
+    tmp_path: Path, model_type: str, entries: dict[str, object], expected: tuple[int, ...]
+) -> None:
+    assert load_config(configured(tmp_path, model_type, **entries)).windows == expected
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "qwen3_next"])
+def test_defaults_are_those_of_transformers(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": model_type,
+                "vocab_size": 64,
+                "hidden_size": 4096,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 32,
+            }
+        )
+    )
+    ours, theirs = load_config(tmp_path), AutoConfig.for_model(model_type)
+    assert ours.kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", 128)
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tied == theirs.tie_word_embeddings
+    assert set(ours.windows) == {getattr(theirs, "sliding_window", None) or 0}
+    if ours.moe is not None:
+        found = (ours.moe.experts, ours.moe.per_token, ours.moe.intermediate_size, ours.moe.normalise)
+        assert found == (
+            theirs.num_experts,
+            theirs.num_experts_per_tok,
+            theirs.moe_intermediate_size,
+            theirs.norm_topk_prob,
+        )
+        assert all(ours.moe.sparse)
+
+
+def test_experts_lie_where_step_and_list_say(tmp_path: Path) -> None:
+    config = load_config(configured(tmp_path, "qwen3_moe", **MOE, decoder_sparse_step=2, mlp_only_layers=[3]))
+    assert config.moe == MoeConfig(4, 2, 8, False, (False, True, False, False))
+    names = tensor_layout(config).shapes
+    assert "model.layers.1.mlp.experts.3.down_proj.weight" in names
+    assert "model.layers.3.mlp.down_proj.weight" in names
+    assert not any("layers.3.mlp.experts" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries", "match"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("mistral", {"sliding_window": "9"}, "sliding_window"),
+        ("mistral", {"sliding_window": 9, "layer_types": [SLIDING, FULL, SLIDING, FULL]}, "layer_types"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen2", {"layer_types": [SLIDING] * 4}, "layer_types has sliding_attention"),
+        ("qwen2", {"layer_types": [FULL]}, "layer_types"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "layer_types"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers"),
+        ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window"),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
+        ("qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, 'rope_type "mrope"'),
+        ("qwen3_moe", MOE | {"num_experts": 0}, "num_experts"),
+        ("qwen3_moe", MOE | {"num_experts": 5000}, "num_experts is 5000, accepted: an integer from 1 to 1024"),
+        ("qwen3_moe", MOE | {"num_experts": 1024, "num_hidden_layers": 65}, "num_experts 1024 in 65 layers"),
+        ("qwen3_moe", MOE | {"num_local_experts": 5}, "num_local_experts"),
+        ("qwen3_moe", MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, accepted: an integer from 1 to 4"),
+        ("qwen3_moe", MOE | {"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ("qwen3_moe", MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3_moe", MOE | {"mlp_only_layers": [4]}, "mlp_only_layers"),
+        ("qwen3_moe", MOE | {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("qwen3_moe", MOE | {"norm_topk_prob": 1}, "norm_topk_prob"),
+        ("qwen3_moe", MOE | {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+    ],
+)
+def test_what_a_family_does_not_serve_is_refused_by_name(
+    tmp_path: Path, model_type: str, entries: dict[str, object], match: str
+) -> None:
+    with pytest.raises(ModelInvalid, match=rf"config\.json.*{match}"):
+        load_config(configured(tmp_path, model_type, **entries))
+
+
+def test_check_reports_a_model_with_experts(tmp_path: Path) -> None:
+    made = make_model(tmp_path, "qwen3-moe")
+    report = check_folder(tmp_path)
+    assert report.parameters == sum(tensor.numel() for tensor in made.parameters())
+    assert report.kv_bytes_per_token(4) == 2 * 2 * 2 * 16 * 4
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(ModelInvalid, match=r"experts\.7\.up_proj\.weight is missing"):
+        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"a":"' + "x" * (1 << 20) + '"}'])

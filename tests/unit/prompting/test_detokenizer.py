@@ -7,6 +7,7 @@ from tests.unit.prompting.folders import LINES, byte_fallback, byte_level, metas
 from tokenizers import Tokenizer
 
 from isthmus.contracts.errors import InvalidInput, ModelInvalid
+from isthmus.contracts.prompting import OutputParse
 from isthmus.contracts.sampling import TextParams
 from isthmus.execution.prompting.assembler import Assembler, StopMatcher
 from isthmus.execution.prompting.vocabulary import Vocabulary
@@ -20,7 +21,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def run(vocab: Vocabulary, groups: list[list[int]], params: TextParams) -> tuple[list[str], bool]:
-    assembler = Assembler(vocab, params)
+    assembler = Assembler(vocab, params, OutputParse())
     pieces = [assembler.feed(group) for group in groups]
     pieces.append(assembler.finish())
     return [piece.text for piece in pieces], pieces[-1].stopped
@@ -62,12 +63,24 @@ def test_real_text_survives_token_by_token(name: str, line: str) -> None:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_completion_keeps_its_first_space(name: str) -> None:
+    """Without an `OutputParse` the output continues a prompt: texts of both join to the text of all ids."""
+    tokenizer = TOKENIZERS[name]()
+    vocab = vocabulary(tokenizer)
+    ids = tokenizer.encode("the quick brown fox jumps", add_special_tokens=False).ids
+    for cut in range(1, len(ids)):
+        assembler = Assembler(vocab, RAW)
+        continued = assembler.feed(ids[cut:]).text + assembler.finish().text
+        assert tokenizer.decode(ids[:cut], skip_special_tokens=False) + continued == "the quick brown fox jumps"
+
+
 def test_half_a_character_is_held_and_replaced_at_the_end() -> None:
     tokenizer = byte_level()
     vocab = vocabulary(tokenizer)
     by_bytes = {vocab.token_bytes(i): i for i in range(vocab.size) if len(vocab.token_bytes(i)) == 1}
     ids = [by_bytes[bytes([byte])] for byte in "👍".encode()]
-    assembler = Assembler(vocab, RAW)
+    assembler = Assembler(vocab, RAW, OutputParse())
     assert [assembler.feed([i]).text for i in ids] == ["", "", "", "👍"]
     assert assembler.feed(ids[:2]).text == ""
     assert assembler.finish().text == "\ufffd"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.unit.prompting.families import HERMES
 from tests.unit.prompting.folders import CHATML, byte_fallback, byte_level, write_folder
 
 from isthmus.contracts.clock import ManualClock
+from isthmus.contracts.constraints import Constraint, ConstraintKind
 from isthmus.contracts.errors import (
     Draining,
     InvalidInput,
@@ -20,7 +22,18 @@ from isthmus.contracts.errors import (
     TooLarge,
     Unsupported,
 )
-from isthmus.contracts.prompting import ChatMessage
+from isthmus.contracts.prompting import (
+    PROMPT_TAIL_TOKENS,
+    ChatMessage,
+    ChatOptions,
+    OutputParse,
+    ToolCall,
+    ToolChoice,
+    ToolDefinition,
+    ToolMode,
+)
+from isthmus.contracts.sampling import TextParams
+from isthmus.execution.prompting.dialects import Dialect
 from isthmus.execution.prompting.pool import PoolSettings
 from isthmus.execution.prompting.service import FolderPrompting, PromptingSettings, open_prompting
 
@@ -59,7 +72,7 @@ def test_chat_text_and_back(tmp_path: Path) -> None:
         )
         assert ids == byte_level().encode(expected, add_special_tokens=False).ids
         assert await prompting.decode(ids) == expected
-        shorter = await prompting.encode_chat(HELLO, add_generation_prompt=False)
+        shorter = await prompting.encode_chat(HELLO, ChatOptions(add_generation_prompt=False))
         assert await prompting.decode(shorter) == expected.removesuffix("<|im_start|>assistant\n")
         with_bos = await prompting.encode("the fox")
         assert await prompting.decode(with_bos) == "<|bos|>the fox"
@@ -103,7 +116,7 @@ def test_training_settings_of_a_tokenizer_do_not_cut_prompts(tmp_path: Path) -> 
 
 def test_developer_messages_become_system_for_templates_that_do_not_know_them(tmp_path: Path) -> None:
     async def body(prompting: FolderPrompting) -> None:
-        ids = await prompting.encode_chat([ChatMessage("developer", "x")], add_generation_prompt=False)
+        ids = await prompting.encode_chat([ChatMessage("developer", "x")], ChatOptions(add_generation_prompt=False))
         assert "<|im_start|>system\nx" in await prompting.decode(ids)
 
     run(write_folder(tmp_path), body)
@@ -120,6 +133,77 @@ def test_templates_have_the_functions_that_they_expect(tmp_path: Path) -> None:
         assert await prompting.decode(ids) == '2023-11-14 {"a": "<é>"} user'
 
     run(write_folder(tmp_path, template=template), body)
+
+
+TOOL = ToolDefinition("f", "does f", '{"type": "object", "properties": {"a": {"type": "string"}}}')
+
+
+def test_tools_there_and_back_through_the_port(tmp_path: Path) -> None:
+    called = ChatMessage("assistant", "", tool_calls=(ToolCall("c", "f", '{"a":  "<|im_end|>"}'),))
+    options = ChatOptions((TOOL,), ToolChoice(ToolMode.REQUIRED), thinking=False)
+
+    async def body(prompting: FolderPrompting) -> None:
+        prompt = await prompting.encode_chat([HELLO[1]], options)
+        whole = await prompting.encode_chat([HELLO[1], called], ChatOptions((TOOL,), add_generation_prompt=False))
+        assert "does f" in await prompting.decode(prompt)
+        start = len(await prompting.encode_chat([HELLO[1]], ChatOptions((TOOL,))))
+        parse = OutputParse(True, True, tuple(prompt[-PROMPT_TAIL_TOKENS:]), ("f",))
+        assembler = prompting.assembler(TextParams(), parse)
+        pieces = [assembler.feed([one]) for one in whole[start:]] + [assembler.finish()]
+        deltas = [delta for piece in pieces for delta in piece.calls]
+        assert [delta.name for delta in deltas if delta.name] == ["f"]
+        assert "".join(delta.arguments for delta in deltas) == '{"a":  "<|im_end|>"}'
+        demanded = prompting.constraint(options, None, prompt[-PROMPT_TAIL_TOKENS:])
+        assert demanded is not None
+        assert demanded.text.count("%json") == 1
+
+    run(write_folder(tmp_path, template=HERMES), body)
+
+
+@pytest.mark.parametrize(("asks", "free"), [("{% if enable_thinking %}<think>{% endif %}", False), ("", True)])
+def test_a_model_whose_template_opens_the_reasoning_does_not_reason_unasked(
+    tmp_path: Path, asks: str, free: bool
+) -> None:
+    template = "{% if false %}<think></think>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}" + asks
+    response = Constraint(ConstraintKind.CHOICE, '["yes"]')
+
+    async def body(prompting: FolderPrompting) -> None:
+        unasked = prompting.constraint(ChatOptions(), response)
+        assert unasked is not None
+        assert ("reasoning?" in unasked.text) == free
+        prompt = await prompting.encode_chat([HELLO[1]], ChatOptions(thinking=True))
+        asked = prompting.constraint(ChatOptions(thinking=True), response, prompt[-PROMPT_TAIL_TOKENS:])
+        assert asked is not None
+        assert "reasoning" in asked.text
+
+    run(write_folder(tmp_path, template=template), body)
+
+
+def test_tools_count_against_the_limit_of_text(tmp_path: Path) -> None:
+    async def main() -> None:
+        settings = PromptingSettings(max_text_bytes=64)
+        prompting = open_prompting(write_folder(tmp_path), settings, ManualClock())
+        await prompting.start()
+        try:
+            with pytest.raises(TooLarge, match="tools has"):
+                await prompting.encode_chat(HELLO[:1], ChatOptions((ToolDefinition("f", "x" * 64),)))
+            with pytest.raises(TooLarge, match="messages has"):
+                await prompting.encode_chat([ChatMessage("assistant", "", tool_calls=(ToolCall("c", "f", "x" * 64),))])
+            with pytest.raises(TooLarge, match="messages has"):
+                await prompting.encode_chat([ChatMessage("assistant", "", reasoning="x" * 65)])
+        finally:
+            await prompting.close()
+
+    asyncio.run(main())
+
+
+def test_the_dialect_is_the_templates_or_the_settings(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, template=HERMES)
+    assert open_prompting(folder, PromptingSettings(), ManualClock()).dialect.tools == "hermes"
+    none = PromptingSettings(tool_parser="none", reasoning_parser="none")
+    assert open_prompting(folder, none, ManualClock()).dialect == Dialect()
+    with pytest.raises(ModelInvalid, match="tool_parser"):
+        open_prompting(folder, PromptingSettings(tool_parser="xml"), ManualClock())
 
 
 HOSTILE = {

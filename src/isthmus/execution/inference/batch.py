@@ -29,7 +29,9 @@ class SampleTask:
     """How to sample for one request. `index` is the output index of the first token to sample (0 for the first ever).
 
     `banned` are token ids that may not be chosen at output indexes below `banned_until` (end and stop tokens before
-    min_tokens). `digest` asks for a BLAKE3 digest of each sampled position's float32 logits.
+    min_tokens). `digest` asks for a BLAKE3 digest of each sampled position's float32 logits. `masks` has, where the
+    output is constrained, one bitmask a sampled position (drafts + 1): bit t % 32 of little-endian word t // 32 is set
+    when token t is allowed.
     """
 
     params: SamplingParams
@@ -38,11 +40,38 @@ class SampleTask:
     banned: tuple[int, ...] = ()
     banned_until: int = 0
     digest: bool = False
+    masks: Sequence[bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StateCapture:
+    """Keep the recurrent state after positions [0, end) in `slot`."""
+
+    end: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateWork:
+    """The recurrent state of one slice (hybrid models): `source` is the slot with the state after [0, start), None for
+    the empty state (start == 0). `captures` are in ascending order, each with start < end <= the slice's end. The last
+    one may write to `source`; no other slot appears twice.
+
+    In a batch, slices may share a source (a fork); a slot is captured to at most once, and never while it is another
+    slice's source. All sources are read before anything is captured. A state that no capture keeps is gone after the
+    step. A capture on the grid (`StateInfo.grid_tokens`) is free; one off it makes its cell go token by token.
+    """
+
+    source: int | None
+    captures: Sequence[StateCapture]
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """One request's part of a step. `blocks` cover positions [0, start + len(token_ids)) in order."""
+    """One request's part of a step. `blocks` cover positions [0, start + len(token_ids)) in order.
+
+    `state` is there for hybrid models and only then.
+    """
 
     request_id: str
     token_ids: Sequence[int]
@@ -51,6 +80,7 @@ class SequenceSlice:
     sample: SampleTask | None = None
     drafts: int = 0
     hidden: bool = False
+    state: StateWork | None = None
 
     @property
     def end(self) -> int:
@@ -106,10 +136,11 @@ class StepHandle(Protocol):
 
 
 class Runner(Protocol):
-    """Runs batches on a device; owns the weights and the KV memory of `info.blocks` blocks.
+    """Runs batches on a device; owns the weights, the KV memory of `info.blocks` blocks and, for a hybrid model, the
+    state memory of `info.states.slots` slots.
 
-    Block ids are 0 .. blocks-1. The runner keeps no per-request state between steps, so any request may be resumed,
-    preempted or dropped without telling it. At most one step is under way at a time.
+    Block ids are 0 .. blocks-1, state slots 0 .. states.slots-1. The runner keeps no per-request state between steps,
+    so any request may be resumed, preempted or dropped without telling it. At most one step is under way at a time.
     """
 
     @property
@@ -127,6 +158,14 @@ class Runner(Protocol):
 
     def write_block(self, block: int, record: bytes) -> None:
         """Set a block from its canonical record. Raises `InvalidInput` on a wrong length."""
+        ...
+
+    def read_state(self, slot: int) -> bytes:
+        """The canonical record of a state slot (see contracts.layout), `info.states.state_bytes` long."""
+        ...
+
+    def write_state(self, slot: int, record: bytes) -> None:
+        """Set a state slot from its canonical record. Raises `InvalidInput` on a wrong length."""
         ...
 
     def close(self) -> None:

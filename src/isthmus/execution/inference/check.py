@@ -23,14 +23,14 @@ class FolderReport:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """KV memory of one token when an element takes `itemsize` bytes."""
-        return 2 * self.config.layers * self.config.kv_heads * self.config.head_dim * itemsize
+        return 2 * self.config.kv_layers * self.config.kv_heads * self.config.head_dim * itemsize
 
 
 def check_folder(folder: Path) -> FolderReport:
     """Check everything but the tensors' values. Raises `ModelInvalid` naming file and entry."""
     config = load_config(folder)
     layout = tensor_layout(config)
-    entries = check_weights(folder, layout.shapes, layout.ignored)
+    entries = check_weights(folder, layout.shapes, layout.ignored, layout.ignored_prefix)
     parameters = sum(math.prod(entry.shape) for entry in entries)
     size = sum(entry.end - entry.start for entry in entries)
     files = tuple(sorted({entry.file for entry in entries}))

@@ -1,9 +1,10 @@
 """What the scheduler counts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from isthmus.contracts.events import EngineStats
 from isthmus.execution.inference.pool import BlockPool
+from isthmus.execution.inference.recurrent import RecurrentStates
 
 
 @dataclass(slots=True)
@@ -23,8 +24,8 @@ class Counters:
     draft_tokens: int = 0
     accepted_drafts: int = 0
 
-    def snapshot(self, waiting: int, running: int, pool: BlockPool) -> EngineStats:
-        """The counts together with the state of queue and pool."""
+    def snapshot(self, waiting: int, running: int, pool: BlockPool, states: RecurrentStates | None) -> EngineStats:
+        """The counts together with the state of queue and pools."""
         return EngineStats(
             waiting=waiting,
             running=running,
@@ -32,5 +33,6 @@ class Counters:
             blocks_free=pool.free,
             blocks_cached=pool.cached,
             blocks_leased=pool.leased,
-            **asdict(self),
+            **{name: getattr(self, name) for name in self.__slots__},
+            **({} if states is None else states.stats()),
         )

@@ -3,12 +3,17 @@
 No threads, sockets or clock reading besides the injected clock: a process (process.py) or a test drives it.
 """
 
+import msgspec
+
 from isthmus.contracts.clock import Clock
-from isthmus.contracts.events import EngineStats, ModelInfo, RequestOutput
+from isthmus.contracts.errors import InvalidInput, IsthmusError, Unsupported
+from isthmus.contracts.events import EngineStats, ErrorInfo, ModelInfo, RequestOutput
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.layout import BlockFormat
 from isthmus.contracts.requests import EngineRequest
+from isthmus.execution.inference.admission import refusal
 from isthmus.execution.inference.batch import Batch, Runner, StepHandle
+from isthmus.execution.inference.grammar.service import Grammars
 from isthmus.execution.inference.scheduler import Scheduler
 from isthmus.execution.inference.settings import SchedulerSettings
 
@@ -29,10 +34,13 @@ def block_format(info: ModelInfo) -> BlockFormat:
 class EngineCore:
     """Requests in, outputs out, one step at a time. At most one step is under way."""
 
-    def __init__(self, runner: Runner, settings: SchedulerSettings, clock: Clock) -> None:
+    def __init__(
+        self, runner: Runner, settings: SchedulerSettings, clock: Clock, grammars: Grammars | None = None
+    ) -> None:
         self._runner = runner
         self._clock = clock
-        self._scheduler = Scheduler(runner.info, block_format(runner.info).digest(), settings)
+        self._grammars = grammars
+        self._scheduler = Scheduler(runner.info, block_format(runner.info).digest(), settings, grammars)
         self._step: tuple[Batch, StepHandle] | None = None
 
     @property
@@ -47,7 +55,18 @@ class EngineCore:
 
     def submit(self, request: EngineRequest) -> RequestOutput | None:
         """Queue a request; the output that refuses it when it cannot be taken. Allowed while a step is under way."""
-        return self._scheduler.add(request, self._clock.monotonic())
+        error: IsthmusError | None = None
+        if request.constraint is not None:
+            error = (
+                Unsupported("this engine does not constrain outputs", "constraint")
+                if self._grammars is None
+                else self._grammars.refuse(request)
+            )
+        return (
+            self._scheduler.add(request, self._clock.monotonic())
+            if error is None
+            else refusal(request.request_id, error)
+        )
 
     def abort(self, request_id: RequestId) -> None:
         """End a request by the end of the step under way. Unknown ids are ignored."""
@@ -61,6 +80,7 @@ class EngineCore:
         """Schedule and start a step. False when there is nothing to run (see `collect`, `wait_s`)."""
         if self._step is not None:
             raise ValueError("a step is under way")
+        self._pump()
         batch = self._scheduler.schedule(self._clock.monotonic())
         if batch is None:
             return False
@@ -74,7 +94,9 @@ class EngineCore:
         batch, handle = self._step
         result = handle.result()
         self._step = None
-        return self._scheduler.update(batch, result, self._clock.monotonic())
+        outputs = self._scheduler.update(batch, result, self._clock.monotonic())
+        self._pump()
+        return outputs
 
     def step(self) -> list[RequestOutput]:
         """A whole step, or only what ended meanwhile."""
@@ -86,13 +108,44 @@ class EngineCore:
 
     def wait_s(self) -> float | None:
         """How long a loop with nothing to run may sleep: until the next deadline, None for ever."""
-        deadline = self._scheduler.next_deadline()
-        return None if deadline is None else max(0.0, deadline - self._clock.monotonic())
+        deadlines = [self._scheduler.next_deadline(), None if self._grammars is None else self._grammars.deadline()]
+        first = min((one for one in deadlines if one is not None), default=None)
+        return None if first is None else max(0.0, first - self._clock.monotonic())
+
+    def grace_s(self) -> float:
+        """How long a loop that goes on stepping may wait for masks that are under way."""
+        return 0.0 if self._grammars is None else self._grammars.grace_s()
+
+    def watched(self) -> tuple[list[int], list[int]]:
+        """Descriptors that end a wait when they are readable, and when they are writable."""
+        descriptor = None if self._grammars is None else self._grammars.fileno
+        if self._grammars is None or descriptor is None:
+            return [], []
+        return [descriptor], [descriptor] if self._grammars.sending else []
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, blocks and counters."""
-        return self._scheduler.stats()
+        stats = self._scheduler.stats()
+        if self._grammars is None:
+            return stats
+        counters = self._grammars.counters
+        return msgspec.structs.replace(
+            stats,
+            constrained=counters.constrained,
+            grammar_refused=counters.grammar_refused,
+            grammar_restarts=counters.grammar_restarts,
+            masks_computed=counters.masks_computed,
+            mask_wait_s=counters.mask_wait_s,
+        )
 
     def check(self) -> None:
         """Raise `PoolCorrupt` unless the conservation law holds."""
         self._scheduler.check()
+
+    def _pump(self) -> None:
+        """Let masks come and go, and end the requests that cannot go on."""
+        if self._grammars is None:
+            return
+        for request_id, error in self._grammars.pump():
+            info = ErrorInfo(error.code, str(error), error.field if isinstance(error, InvalidInput) else "")
+            self._scheduler.fail(request_id, info, self._clock.monotonic())

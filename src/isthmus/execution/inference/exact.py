@@ -4,10 +4,12 @@ How the promise is kept: a row's numbers go only through operators of a fixed sh
  - Rows of a step are padded to a multiple of `ROW_TILE`; every linear runs tile by tile on [ROW_TILE, in].
  - Attention runs on items of `QUERY_TILE` queries of one sequence, at absolute positions p with equal p // QUERY_TILE,
    a query always in row p % QUERY_TILE; keys come in tiles of `KEY_TILE` aligned to absolute positions, combined by an
-   online softmax (Milakov & Gimelshein 2018) in which a tile out of sight changes nothing.
- - exp and silu, whose vector code differs from their scalar tails, run on pieces of a fixed number of elements.
+   online softmax (Milakov & Gimelshein 2018) in which a tile out of sight changes nothing, ahead or behind a window.
+ - exp, silu and the sigmoid, whose vector code differs from their scalar tails, run on pieces of a fixed number of
+   elements; the routing of experts on tiles of rows. An expert's rows are padded like those of a step.
 That a row's result does not depend on its place in a tile or on the other rows is a property of the machine's matrix
-kernels. `prove_exact` tests it at load with the model's own weights and refuses the mode with `ExactUnavailable`.
+kernels. `prove_exact` (exact_proof.py) tests it at load with the model's own weights and refuses the mode with
+`ExactUnavailable`.
 """
 
 from collections.abc import Sequence
@@ -16,14 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from isthmus.contracts.errors import ExactUnavailable
-from isthmus.contracts.sampling import SamplingParams
 from isthmus.execution.inference.attention.base import Span, StepAttention
-from isthmus.execution.inference.batch import Batch, Runner, SampleTask, SequenceSlice, TokenHistory
+from isthmus.execution.inference.exact_delta import exact_delta
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.base import Linear, LinearBackend
 from isthmus.execution.inference.linear.dense import dense_linear
-from isthmus.execution.inference.models.decoder import Decoder, Kernels
+from isthmus.execution.inference.models.step import Kernels, route
 
 ROW_TILE = 32
 QUERY_TILE = 4
@@ -70,14 +70,29 @@ def exact_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return flat.view(gate.shape).mul_(up)
 
 
+def exact_sigmoid(rows: torch.Tensor) -> torch.Tensor:
+    """The logistic function in pieces of a fixed size. Rows are a multiple of ROW_TILE."""
+    flat = rows.clone(memory_format=torch.contiguous_format).view(-1)
+    for low in range(0, flat.numel(), PIECE):
+        flat[low : low + PIECE].sigmoid_()
+    return flat.view(rows.shape)
+
+
+def exact_route(logits: torch.Tensor, per_token: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` on one tile of rows after the other. Rows are a multiple of ROW_TILE."""
+    parts = [route(tile.contiguous(), per_token, normalise) for tile in torch.split(logits, ROW_TILE)]
+    return torch.cat([weights for weights, _ in parts]), torch.cat([experts for _, experts in parts])
+
+
 @dataclass(frozen=True, slots=True)
 class _Items:
-    """Items with the same number of key tiles or fewer, longest first."""
+    """Items with the same number of key tiles or fewer, longest first. Tile t of an item is its t-th in sight."""
 
     source: torch.Tensor  # [items * QUERY_TILE] packed rows; padding reads row 0
     targets: torch.Tensor  # packed rows of the real queries
     picked: torch.Tensor  # their places in [items * QUERY_TILE]
     positions: torch.Tensor  # [items, 1, 1, QUERY_TILE, 1]
+    origins: torch.Tensor  # [items, 1, 1, 1, 1] position of the first key of tile 0
     keys: torch.Tensor  # [2, tiles, items, KEY_TILE]
     active: Sequence[int]  # items that see tile t
     masked: Sequence[bool]  # whether tile t has keys out of sight for a query
@@ -89,23 +104,31 @@ class TiledAttention:
     def plan(self, spans: Sequence[Span], memory: KvMemory, heads: int) -> StepAttention:
         """See `AttentionBackend`."""
         del heads
-        pieces = [(span, tile) for span in spans for tile in _tiles(span)]
-        pieces.sort(key=lambda piece: -_key_tiles(*piece))
-        chunks = [pieces[low : low + ITEM_LIMIT] for low in range(0, len(pieces), ITEM_LIMIT)]
-        return _TiledStep(memory, [_items(chunk, memory) for chunk in chunks])
+        return _TiledStep(memory, spans)
+
+
+def _groups(spans: Sequence[Span], memory: KvMemory, window: int) -> list[_Items]:
+    """All items of a step, for the layers of one window."""
+    pieces = [(span, tile) for span in spans for tile in _tiles(span)]
+    pieces.sort(key=lambda piece: -len(_key_tiles(piece[0], piece[1], window)))
+    chunks = [pieces[low : low + ITEM_LIMIT] for low in range(0, len(pieces), ITEM_LIMIT)]
+    return [_items(chunk, memory, window) for chunk in chunks]
 
 
 def _tiles(span: Span) -> range:
     return range(span.start // QUERY_TILE, (span.end - 1) // QUERY_TILE + 1)
 
 
-def _key_tiles(span: Span, tile: int) -> int:
-    """Key tiles in sight of the last query of the item."""
-    return (min((tile + 1) * QUERY_TILE, span.end) - 1) // KEY_TILE + 1
+def _key_tiles(span: Span, tile: int, window: int) -> range:
+    """Key tiles from the first in sight of the item's first place to the last in sight of its last query."""
+    first = max(0, tile * QUERY_TILE - window + 1) // KEY_TILE if window else 0
+    return range(first, (min((tile + 1) * QUERY_TILE, span.end) - 1) // KEY_TILE + 1)
 
 
-def _items(pieces: Sequence[tuple[Span, int]], memory: KvMemory) -> _Items:
-    counts = [_key_tiles(*piece) for piece in pieces]
+def _items(pieces: Sequence[tuple[Span, int]], memory: KvMemory, window: int) -> _Items:
+    sights = [_key_tiles(*piece, window) for piece in pieces]
+    counts = [len(sight) for sight in sights]
+    origins = np.array([sight.start for sight in sights], np.int64) * KEY_TILE
     keys = np.full((len(pieces), counts[0] * KEY_TILE), memory.zero_row, np.int64)
     source = np.zeros((len(pieces), QUERY_TILE), np.int64)
     positions = np.zeros((len(pieces), QUERY_TILE), np.int64)
@@ -116,18 +139,26 @@ def _items(pieces: Sequence[tuple[Span, int]], memory: KvMemory) -> _Items:
         source[index, slots] = np.arange(low, high) - span.start + span.first
         real[index, slots] = True
         positions[index] = np.arange(QUERY_TILE) + tile * QUERY_TILE
-        keys[index, :high] = span.rows[:high]
+        keys[index, : high - origins[index]] = span.rows[origins[index] : high]
     tiled = keys.reshape(len(pieces), counts[0], KEY_TILE).swapaxes(0, 1)
     places = np.flatnonzero(real)
     active = [sum(count > tile for count in counts) for tile in range(counts[0])]
+    # The first query of an item sees the least ahead, the last one the least behind.
+    ahead, behind = positions[:, 0] - origins, positions[:, -1] - origins
+    masked = [
+        bool((ahead[:count] < (tile + 1) * KEY_TILE - 1).any())
+        or bool(window and (behind[:count] - window >= tile * KEY_TILE).any())
+        for tile, count in enumerate(active)
+    ]
     return _Items(
         source=torch.from_numpy(source.reshape(-1)),
         targets=torch.from_numpy(source.reshape(-1)[places]),
         picked=torch.from_numpy(places),
         positions=torch.from_numpy(positions)[:, None, None, :, None],
+        origins=torch.from_numpy(origins)[:, None, None, None, None],
         keys=torch.from_numpy(np.stack((tiled, tiled + memory.value_offset))),
         active=active,
-        masked=[(tile + 1) * KEY_TILE - 1 > positions[:count].min() for tile, count in enumerate(active)],
+        masked=masked,
     )
 
 
@@ -147,26 +178,31 @@ def _exp(values: torch.Tensor) -> torch.Tensor:
 class _TiledStep:
     """The plan of one step."""
 
-    def __init__(self, memory: KvMemory, groups: Sequence[_Items]) -> None:
+    def __init__(self, memory: KvMemory, spans: Sequence[Span]) -> None:
         self._memory = memory
-        self._groups = groups
+        self._spans = spans
+        self._groups: dict[int, list[_Items]] = {}
 
-    def __call__(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, query: torch.Tensor, window: int = 0) -> torch.Tensor:
         """See `StepAttention`."""
+        groups = self._groups.get(window)
+        if groups is None:
+            groups = self._groups[window] = _groups(self._spans, self._memory, window)
         out = torch.zeros_like(query)
-        for group in self._groups:
-            mixed = self._mix(layer, query, group)
+        for group in groups:
+            mixed = self._mix(layer, query, group, window)
             out.index_copy_(0, group.targets, mixed.index_select(0, group.picked))
         return out
 
-    def _mix(self, layer: int, query: torch.Tensor, group: _Items) -> torch.Tensor:
+    def _mix(self, layer: int, query: torch.Tensor, group: _Items, window: int) -> torch.Tensor:
         """[items * QUERY_TILE, heads, head_dim]: softmax(q k / sqrt(d)) v, one key tile after the other."""
         memory, (_, heads, dim) = self._memory, query.shape
         items, kv_heads = group.source.numel() // QUERY_TILE, memory.kv_heads
         shared = heads // kv_heads
         rows = query.index_select(0, group.source).view(items, QUERY_TILE, kv_heads, shared, dim)
         rows = rows.permute(0, 2, 3, 1, 4).reshape(items * kv_heads, shared * QUERY_TILE, dim) * dim**-0.5
-        best = query.new_full((items, kv_heads, shared, QUERY_TILE, 1), -torch.inf)
+        # Finite, so that a query may meet a tile that is out of its window before the first one in it.
+        best = query.new_full((items, kv_heads, shared, QUERY_TILE, 1), torch.finfo(query.dtype).min)
         total = query.new_zeros(best.shape)
         mixed = query.new_zeros(items, kv_heads, shared, QUERY_TILE, dim)
         for tile, count in enumerate(group.active):
@@ -174,8 +210,10 @@ class _TiledStep:
             scores = torch.bmm(rows[: count * kv_heads], key.transpose(1, 2))
             scores = scores.view(count, kv_heads, shared, QUERY_TILE, KEY_TILE)
             if group.masked[tile]:
-                seen = torch.arange(tile * KEY_TILE, (tile + 1) * KEY_TILE)
-                scores.masked_fill_(seen > group.positions[:count], -torch.inf)
+                seen = torch.arange(tile * KEY_TILE, (tile + 1) * KEY_TILE) + group.origins[:count]
+                positions = group.positions[:count]
+                hidden = (seen > positions) | (seen <= positions - window) if window else seen > positions
+                scores.masked_fill_(hidden, -torch.inf)
             higher = torch.maximum(best[:count], scores.amax(-1, keepdim=True))
             shrink = _exp(best[:count] - higher)
             weights = _exp(scores.sub_(higher))
@@ -198,57 +236,13 @@ class _TiledStep:
 def exact_kernels() -> Kernels:
     """The kernels of exact mode."""
     inner = dense_linear(torch.device("cpu"), torch.float32)
-    return Kernels(TiledLinear(inner), TiledAttention(), exact_norm, exact_gate, ROW_TILE)
-
-
-def prove_exact(runner: Runner, decoder: Decoder) -> None:
-    """The self-test: each request alone, in one batch, in chunks, token by token and in other blocks, bitwise.
-
-    Raises `ExactUnavailable` naming what differed. Uses the runner's blocks; call it before anything is stored there.
-    """
-    info = runner.info
-    room = min(info.max_model_len, info.blocks * info.block_tokens // 4)
-    lengths = [length for length in (200, 70, 33, 9, 1) if length + 2 <= room]
-    generator = np.random.default_rng(20_240_229)
-    prompts = [generator.integers(0, decoder.config.vocab_size, length).tolist() for length in lengths]
-    per = -(-(max(lengths, default=0) + 2) // info.block_tokens)
-    if not prompts or per * len(prompts) > info.blocks:
-        prompts = prompts[-1:]
-    if not prompts:
-        raise ExactUnavailable("the KV memory is too small for the self-test")
-    places = [list(range(index * per, (index + 1) * per)) for index in range(len(prompts))]
-    alone = [_digests(runner, [prompt], [places[0]], [len(prompt)])[0] for prompt in prompts]
-    cases = {
-        "a batch": [0] * len(prompts),
-        "chunks of 7": [7] * len(prompts),
-        "chunks of 40": [40] * len(prompts),
-        "token by token": [50 if len(prompt) > 100 else 1 for prompt in prompts],
-        "mixed chunks": [(64, 13, 40, 3, 1)[index % 5] for index in range(len(prompts))],
-    }
-    for name, chunks in cases.items():
-        sizes = [chunk or len(prompt) for chunk, prompt in zip(chunks, prompts, strict=True)]
-        if _digests(runner, prompts, places[::-1], sizes) != alone:
-            raise ExactUnavailable(f"logits of the self-test differ bitwise between a request alone and {name}")
-
-
-def _digests(
-    runner: Runner, prompts: Sequence[Sequence[int]], blocks: Sequence[Sequence[int]], chunks: Sequence[int]
-) -> list[bytes]:
-    """Digest of the logits after each prompt, all run together, each in its own chunk size."""
-    params = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-    found: dict[int, bytes] = {}
-    step = 0
-    while len(found) < len(prompts):
-        slices, owners = [], []
-        for index, prompt in enumerate(prompts):
-            low, high = step * chunks[index], min((step + 1) * chunks[index], len(prompt))
-            if low < high:
-                task = SampleTask(params, 0, TokenHistory(prompt, []), digest=True) if high == len(prompt) else None
-                slices.append(SequenceSlice(f"self-test-{index}", prompt[low:high], low, blocks[index], task))
-                owners.append(index)
-        results = runner.execute(Batch(slices)).result().slices
-        for index, result in zip(owners, results, strict=True):
-            if result.digests:
-                found[index] = result.digests[0]
-        step += 1
-    return [found[index] for index in range(len(prompts))]
+    return Kernels(
+        TiledLinear(inner),
+        TiledAttention(),
+        exact_norm,
+        exact_gate,
+        ROW_TILE,
+        sigmoid=exact_sigmoid,
+        route=exact_route,
+        delta=exact_delta(),
+    )

@@ -36,6 +36,17 @@ class InflightPrefixes:
             found, owner = key, held_by
         return found
 
+    def deepest_pending(self, keys: Sequence[BlockKey], start: int) -> tuple[int, RequestId] | None:
+        """The index of the last pending key from `start` on, and its owner. Unlike in `last_pending` what lies between
+        may be computed already: an owner holds the whole prefix of what it computes.
+        """
+        if self._owner:
+            for index in range(len(keys) - 1, start - 1, -1):
+                owner = self._owner.get(keys[index])
+                if owner is not None:
+                    return index, owner
+        return None
+
     def register(self, owner: RequestId, keys: Sequence[BlockKey]) -> None:
         """`owner` will compute these blocks. Keys that another request computes already are left to it."""
         for key in keys:

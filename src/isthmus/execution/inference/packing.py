@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -10,7 +11,10 @@ from isthmus.contracts.errors import EngineFailed
 from isthmus.execution.inference.attention.base import Span
 from isthmus.execution.inference.batch import Batch, SequenceSlice
 from isthmus.execution.inference.kv_memory import KvMemory
-from isthmus.execution.inference.models.decoder import Decoder, StepTensors
+from isthmus.execution.inference.models.decoder import Decoder
+from isthmus.execution.inference.models.delta_plan import StateSpan, plan_delta
+from isthmus.execution.inference.models.step import StepStates, StepTensors
+from isthmus.execution.inference.state_memory import StateMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +30,11 @@ class Packed:
     hidden: Sequence[int | None]
 
 
-def pack(batch: Batch, decoder: Decoder, memory: KvMemory) -> Packed:
+def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory | None = None) -> Packed:
     """Lay the slices out one after the other. Raises `EngineFailed` on a slice that breaks the contract."""
     spans: list[Span] = []
     first = 0
+    _check_states(batch, states)
     for part in batch.slices:
         _check(part, decoder, memory)
         spans.append(Span(first, len(part.token_ids), part.start, _rows(part, memory)))
@@ -53,8 +58,23 @@ def pack(batch: Batch, decoder: Decoder, memory: KvMemory) -> Packed:
         write=torch.from_numpy(np.stack((write, write + memory.value_offset))).to(device),
         real_rows=first,
         attention=decoder.kernels.attention.plan(spans, memory, decoder.config.heads),
+        states=_states(batch, spans, decoder, states),
     )
     return Packed(step, *_wanted(batch, spans))
+
+
+def _states(batch: Batch, spans: Sequence[Span], decoder: Decoder, memory: StateMemory | None) -> StepStates | None:
+    """What the step does with recurrent states; the slices were checked."""
+    if memory is None:
+        return None
+    wanted = []
+    for span, part in zip(spans, batch.slices, strict=True):
+        work = part.state
+        source = memory.empty if work is None or work.source is None else work.source
+        captures = [] if work is None else [(capture.end, capture.slot) for capture in work.captures]
+        wanted.append(StateSpan(span.first, span.count, span.start, source, captures))
+    cells = decoder.kernels.delta.cells
+    return StepStates(memory, plan_delta(wanted, memory.shape.history, memory.device, cells=cells))
 
 
 def _wanted(batch: Batch, spans: Sequence[Span]) -> tuple[np.ndarray, list[range], list[int | None]]:
@@ -91,3 +111,30 @@ def _check(part: SequenceSlice, decoder: Decoder, memory: KvMemory) -> None:
         raise EngineFailed(f"{part.request_id}: a block id is outside the pool")
     if not 0 <= part.drafts < count or (part.drafts and part.sample is None):
         raise EngineFailed(f"{part.request_id}: {part.drafts} drafts in a slice of {count} tokens")
+
+
+def _check_states(batch: Batch, memory: StateMemory | None) -> None:
+    """The contract of `StateWork`; a breach must not read or write the state of another request."""
+    taken: set[int] = set()
+    for part in batch.slices:
+        work = part.state
+        if (work is None) != (memory is None):
+            raise EngineFailed(f"{part.request_id}: a slice has recurrent state if and only if the model has")
+        if work is None or memory is None:
+            continue
+        if (work.source is None) != (part.start == 0):
+            raise EngineFailed(f"{part.request_id}: a slice at {part.start} has the wrong kind of source")
+        ends = [part.start, *(capture.end for capture in work.captures)]
+        if any(low >= high for low, high in pairwise(ends)) or ends[-1] > part.end:
+            raise EngineFailed(f"{part.request_id}: captures do not ascend within the slice")
+        slots = [capture.slot for capture in work.captures]
+        used = slots if work.source is None else [work.source, *slots]
+        if any(not 0 <= slot < memory.slots for slot in used):
+            raise EngineFailed(f"{part.request_id}: a state slot is outside the memory")
+        if work.source in slots[:-1] or len(set(slots)) < len(slots) or not taken.isdisjoint(slots):
+            raise EngineFailed(f"{part.request_id}: a state slot is written twice")
+        taken.update(slots)
+    for part in batch.slices:
+        work = part.state
+        if work is not None and work.source in taken and work.source not in {item.slot for item in work.captures}:
+            raise EngineFailed(f"{part.request_id}: its source is written by another slice")

@@ -1,4 +1,5 @@
-"""The block pool: who may use which block of KV memory.
+"""The block pool: who may use which block of KV memory. The slots of recurrent state are a second pool of the same
+kind, whose index is that of the snapshots (snapshots.py).
 
 Every block is in exactly one of three states, and the conservation law holds after every call:
 
@@ -96,6 +97,12 @@ class BlockPool:
         self._indexed[block] = False
         self._cached -= 1
         self._free.append(block)
+
+    def disown(self, block: int) -> None:
+        """The index no longer names this block, which has one lease: whoever holds that has it for itself."""
+        if self._refs[block] != 1 or not self._indexed[block]:
+            raise PoolCorrupt(f"block {block} is not indexed with a single lease")
+        self._indexed[block] = False
 
     def check(self) -> None:
         """Raise `PoolCorrupt` unless the conservation law holds, counted anew from the per-block state."""

@@ -9,6 +9,8 @@ import argparse
 import select
 import socket
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.errors import InvalidInput, IsthmusError
@@ -28,6 +30,7 @@ from isthmus.contracts.events import (
 )
 from isthmus.contracts.wire import FrameReader, encode_frame
 from isthmus.execution.inference.engine import EngineCore
+from isthmus.execution.inference.grammar.service import Grammars
 from isthmus.execution.inference.settings import EngineSettings
 
 RECEIVE_BYTES = 1 << 18
@@ -63,10 +66,13 @@ class Link:
         except OSError as error:
             raise Hangup from error
 
-    def poll(self, timeout: float | None) -> list[Command]:
-        """The commands that arrived; waits at most `timeout` seconds (None: until one comes)."""
-        ready, _, _ = select.select([self._socket], [], [], timeout)
-        return self._commands.feed(self._receive()) if ready else []
+    def poll(self, timeout: float | None, readable: Sequence[int] = (), writable: Sequence[int] = ()) -> list[Command]:
+        """The commands that arrived; waits at most `timeout` seconds (None: until one comes), or until one of the other
+        descriptors is ready.
+        """
+        own = self._socket.fileno()
+        ready, _, _ = select.select([own, *readable], writable, [], timeout)
+        return self._commands.feed(self._receive()) if own in ready else []
 
     def _receive(self) -> bytes:
         try:
@@ -89,7 +95,7 @@ class Loop:
         """Until the parent hangs up."""
         wait: float | None = 0.0
         while True:
-            refused = self._obey(self._link.poll(wait))
+            refused = self._obey(self._link.poll(wait, *self._core.watched()))
             stepping = self._core.begin_step()
             if stepping:
                 refused += self._obey(self._link.poll(0.0))
@@ -98,7 +104,7 @@ class Loop:
                 outputs = refused + self._core.collect()
             if outputs:
                 self._link.send(Outputs(outputs, self._core.stats()))
-            wait = 0.0 if stepping else self._core.wait_s()
+            wait = self._core.grace_s() if stepping else self._core.wait_s()
 
     def _obey(self, commands: list[Command]) -> list[RequestOutput]:
         """Carry out commands. Returns the outputs that refuse requests."""
@@ -125,11 +131,21 @@ def serve(link: Link) -> None:
     from isthmus.execution.inference.runner import open_runner
 
     runner = open_runner(settings, lambda stage, fraction: link.send(Progress(stage, fraction)))
+    clock = SystemClock()
+    grammars = Grammars(
+        runner.info,
+        str(Path(settings.model).resolve() / "tokenizer.json"),
+        settings.grammar,
+        clock,
+        most_open=2 * settings.scheduler.max_running,
+        draft_tokens=settings.scheduler.draft_tokens,
+    )
     try:
-        core = EngineCore(runner, settings.scheduler, SystemClock())
+        core = EngineCore(runner, settings.scheduler, clock, grammars)
         link.send(Ready(core.info))
         Loop(core, link).run()
     finally:
+        grammars.shut()
         runner.close()
 
 

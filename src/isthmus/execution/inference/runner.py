@@ -11,25 +11,30 @@ from pathlib import Path
 
 import torch
 
-from isthmus.contracts.errors import ConfigInvalid, EngineFailed, IsthmusError
-from isthmus.contracts.events import ModelInfo
-from isthmus.contracts.layout import BlockFormat, Codec, Dtype
+from isthmus.contracts.errors import ConfigInvalid, EngineFailed, InvalidInput, IsthmusError
+from isthmus.contracts.events import ModelInfo, StateInfo
+from isthmus.contracts.layout import BlockFormat, Codec, Dtype, StateFormat
 from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
-from isthmus.execution.inference.exact import exact_kernels, prove_exact
+from isthmus.execution.inference.exact import exact_kernels
+from isthmus.execution.inference.exact_proof import prove_exact
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.dense import dense_linear
 from isthmus.execution.inference.model_config import ModelConfig, load_config
-from isthmus.execution.inference.models.decoder import Decoder, Kernels, rms_norm, swiglu
+from isthmus.execution.inference.models.decoder import Decoder
+from isthmus.execution.inference.models.delta_plan import GRID_TOKENS
 from isthmus.execution.inference.models.families import tensor_layout
+from isthmus.execution.inference.models.step import Kernels, rms_norm, swiglu
 from isthmus.execution.inference.packing import pack
 from isthmus.execution.inference.sampler.sampler import Sampler
 from isthmus.execution.inference.settings import EngineSettings
+from isthmus.execution.inference.state_memory import StateMemory
 from isthmus.execution.inference.weights import load_weights
 
 TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 STORED_DTYPES = {torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16}
 MAX_BLOCKS = 1 << 22
+MAX_SLOTS = 1 << 20
 SMALL_STEP = 100_000_000
 """Parameters times tokens of a step under which one thread beats several: waking the others costs more than they do
 (measured: 2.1 against 4.4 ms a step at 9.6 million parameters and 1 token, even at 12 tokens)."""
@@ -59,10 +64,13 @@ class _Step:
 
 
 class TorchRunner:
-    """`Runner` in PyTorch. At most one step is under way; blocks are read and written between steps."""
+    """`Runner` in PyTorch. At most one step is under way; blocks and states are read and written between steps."""
 
-    def __init__(self, decoder: Decoder, memory: KvMemory, info: ModelInfo, threads: int) -> None:
+    def __init__(
+        self, decoder: Decoder, memory: KvMemory, info: ModelInfo, threads: int, states: StateMemory | None = None
+    ) -> None:
         self._threads = threads
+        self._states = states
         self._decoder = decoder
         self._memory = memory
         self._info = info
@@ -86,6 +94,19 @@ class TorchRunner:
         """See `Runner`. After the steps handed in before it."""
         self._worker.submit(self._memory.write_block, block, record).result()
 
+    def read_state(self, slot: int) -> bytes:
+        """See `Runner`. After the steps handed in before it."""
+        return self._worker.submit(self._state_memory().read_state, slot).result()
+
+    def write_state(self, slot: int, record: bytes) -> None:
+        """See `Runner`. After the steps handed in before it."""
+        self._worker.submit(self._state_memory().write_state, slot, record).result()
+
+    def _state_memory(self) -> StateMemory:
+        if self._states is None:
+            raise InvalidInput("this model has no recurrent state", "slot")
+        return self._states
+
     def close(self) -> None:
         """Wait for the step under way and end the worker."""
         self._worker.shutdown(wait=True)
@@ -95,7 +116,7 @@ class TorchRunner:
         # In exact mode never: how work is split over threads is part of what the self-test proved.
         small = not self._info.exact and self._info.parameters * batch.tokens < SMALL_STEP
         torch.set_num_threads(1 if small else self._threads)
-        packed = pack(batch, self._decoder, self._memory)
+        packed = pack(batch, self._decoder, self._memory, self._states)
         hidden = self._decoder.forward(packed.step, self._memory)
         if not packed.picked.size:
             return StepResult([SliceResult() for _ in batch.slices])
@@ -132,11 +153,20 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
     threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     layout = tensor_layout(config)
-    weights = load_weights(folder, layout.shapes, layout.ignored, dtype, progress)
+    weights = load_weights(
+        folder,
+        layout.shapes,
+        layout.ignored,
+        dtype,
+        progress,
+        precise=layout.precise,
+        ignored_prefix=layout.ignored_prefix,
+    )
     kernels = exact_kernels() if settings.exact else default_kernels(device, dtype)
     positions = _max_model_len(settings, config)
     with torch.inference_mode():
         memory = _memory(settings, config, dtype, device, weights.digest)
+        states = _state_memory(settings, config, device, weights.digest)
         decoder = Decoder(config, layout, weights.tensors, kernels, positions=positions, device=device)
     info = ModelInfo(
         name=settings.name,
@@ -148,7 +178,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         vocab_size=config.vocab_size,
         max_model_len=positions,
         weights=weights.digest,
-        layers=config.layers,
+        layers=config.kv_layers,
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         block_tokens=settings.block_tokens,
@@ -156,8 +186,9 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         blocks=memory.blocks,
         codec=Codec.RAW,
         eos_token_ids=list(config.eos_token_ids),
+        states=None if states is None else StateInfo(states.slots, states.shape.state_bytes, GRID_TOKENS),
     )
-    runner = TorchRunner(decoder, memory, info, threads)
+    runner = TorchRunner(decoder, memory, info, threads, states)
     if settings.exact:
         try:
             progress("proving exactness", 0.0)
@@ -210,7 +241,7 @@ def _memory(
     settings: EngineSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device, digest: bytes
 ) -> KvMemory:
     shape = BlockFormat(
-        digest, STORED_DTYPES[dtype], config.layers, config.kv_heads, config.head_dim, settings.block_tokens
+        digest, STORED_DTYPES[dtype], config.kv_layers, config.kv_heads, config.head_dim, settings.block_tokens
     )
     blocks = min(settings.kv_bytes // shape.block_bytes, MAX_BLOCKS)
     if blocks < 1:
@@ -218,7 +249,7 @@ def _memory(
     try:
         return KvMemory(
             blocks=blocks,
-            layers=config.layers,
+            layers=config.kv_layers,
             block_tokens=settings.block_tokens,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
@@ -227,3 +258,20 @@ def _memory(
         )
     except (RuntimeError, MemoryError) as error:
         raise ConfigInvalid(f"kv_bytes is {settings.kv_bytes}: the device has no such memory free") from error
+
+
+def _state_memory(
+    settings: EngineSettings, config: ModelConfig, device: torch.device, digest: bytes
+) -> StateMemory | None:
+    delta = config.delta
+    if delta is None:
+        return None
+    layers = sum(delta.recurrent)
+    shape = StateFormat(digest, layers, delta.channels, delta.history, delta.heads, delta.key_dim, delta.value_dim)
+    slots = min(settings.state_bytes // shape.state_bytes, MAX_SLOTS)
+    if slots < 1:
+        raise ConfigInvalid(f"state_bytes is {settings.state_bytes}, one state needs {shape.state_bytes}")
+    try:
+        return StateMemory(slots, shape, device)
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigInvalid(f"state_bytes is {settings.state_bytes}: the device has no such memory free") from error

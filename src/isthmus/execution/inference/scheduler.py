@@ -6,23 +6,29 @@ Promises
 - A step computes at most `max_batch_tokens` tokens: first one token (plus drafts) for every decoding sequence, then
 chunks of prompts, in the order of the waiting queue (priority with ageing).
 - A block being computed is awaited, never computed twice (inflight.py).
+- Hybrid models: a sequence starts at the deepest state snapshot under its matched blocks (recurrent.py); what lies
+beyond is computed again, into blocks that are shared again. Chunks of prompts end on the grid of the recurrent state or
+at the end of the known tokens; to get to the grid a step may go over its budget by less than one cell.
 - When memory runs out the last in that order is preempted: it gives up its blocks, keeps its place, and later
 recomputes what is not cached any more. The first in the order always fits alone, so something always advances.
+- A constrained request starts, and samples each time, when its masks are here; the others do not wait for it.
 - A request that ends, in whatever state, frees its blocks at once; if it is part of the step under way, when that ends.
-- free + cached + leased == total after every call.
+- free + cached + leased == total after every call, for blocks and for state slots.
 """
 
-from isthmus.contracts.events import EngineStats, Finish, ModelInfo, RequestOutput
+from isthmus.contracts.events import EngineStats, ErrorInfo, Finish, ModelInfo, RequestOutput
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
 from isthmus.contracts.requests import EngineRequest, Work
 from isthmus.execution.inference.admission import Admission
 from isthmus.execution.inference.batch import Batch, SequenceSlice, StepResult
 from isthmus.execution.inference.counters import Counters
+from isthmus.execution.inference.grammar.port import MaskSource
 from isthmus.execution.inference.inflight import InflightPrefixes
 from isthmus.execution.inference.lease import Lease
 from isthmus.execution.inference.outcome import take_result
 from isthmus.execution.inference.pool import BlockPool, PoolCorrupt
+from isthmus.execution.inference.recurrent import RecurrentStates
 from isthmus.execution.inference.sequence import Sequence, State
 from isthmus.execution.inference.settings import SchedulerSettings
 from isthmus.execution.inference.tree import PrefixTree
@@ -32,12 +38,18 @@ from isthmus.execution.inference.waiting import WaitingQueue
 class Scheduler:
     """The requests of one engine and the blocks they hold."""
 
-    def __init__(self, info: ModelInfo, format_digest: bytes, settings: SchedulerSettings) -> None:
+    def __init__(
+        self, info: ModelInfo, format_digest: bytes, settings: SchedulerSettings, masks: MaskSource | None = None
+    ) -> None:
+        self._masks = masks
         self._info = info
         self._format_digest = format_digest
         self._settings = settings
         self._pool = BlockPool(info.blocks)
-        self._tree = PrefixTree(self._pool)
+        self._states: RecurrentStates | None = None
+        if info.states is not None:
+            self._states = RecurrentStates(info.states, info.block_tokens, settings.snapshots)
+        self._tree = PrefixTree(self._pool, None if self._states is None else self._states.index.dropped)
         self._inflight = InflightPrefixes()
         self._waiting = WaitingQueue(settings.ageing_s)
         self._blocked: dict[RequestId, Sequence] = {}
@@ -59,6 +71,8 @@ class Scheduler:
         sequence = Sequence(request, self._info.block_tokens, self._format_digest, now)
         self._all[sequence.id] = sequence
         self._waiting.push(sequence)
+        if self._masks is not None and request.constraint is not None:
+            self._masks.open(request, sequence.drafts(self._settings.draft_tokens))
         return None
 
     def abort(self, request_id: RequestId, now: float, finish: Finish = Finish.ABORT) -> None:
@@ -70,6 +84,13 @@ class Scheduler:
             sequence.doomed = finish
         else:
             self._end(sequence, finish, now)
+
+    def fail(self, request_id: RequestId, error: ErrorInfo, now: float) -> None:
+        """End a request that cannot go on, and say why: rejected, or an error once it has given tokens."""
+        sequence = self._all.get(request_id)
+        if sequence is not None and sequence.doomed is None:
+            sequence.failure = error
+            self.abort(request_id, now, Finish.REJECTED if sequence.first_token is None else Finish.ERROR)
 
     def drain(self) -> None:
         """Refuse every request from now on."""
@@ -103,33 +124,66 @@ class Scheduler:
         for decoding in (True, False):
             for sequence in list(self._running):
                 if budget > 0 and sequence.state is State.RUNNING and (sequence.remaining == 1) == decoding:
-                    budget -= self._plan(sequence, budget, parts)
+                    budget -= self._plan(sequence, budget, parts) if self._masked(sequence) else 0
         self._admit(budget, parts, now)
         if not parts:
             return None
         for sequence in self._running:
             sequence.in_step = sequence.id in parts
+            if self._states is not None and sequence.in_step:
+                parts[sequence.id] = self._states.attach(sequence, parts[sequence.id])
         return Batch(list(parts.values()))
 
     def _admit(self, budget: int, parts: dict[RequestId, SequenceSlice], now: float) -> None:
-        """Start waiting requests while tokens, places and blocks last."""
+        """Start waiting requests while tokens, places and blocks last.
+
+        Without tokens left a hybrid model's next requests are looked at all the same, as many as there are places: an
+        owner must know where others wait for its prefix before it is past.
+        """
+        looks = 0 if self._states is None else self._settings.max_running - len(self._running)
         for sequence in self._waiting:
-            if budget < 1 or len(self._running) >= self._settings.max_running:
+            if len(self._running) >= self._settings.max_running or (budget < 1 and looks < 1):
                 return
+            looks -= budget < 1
+            if not self._masked(sequence):
+                continue
             keys = sequence.matchable()
-            matched = self._tree.match(keys)
-            pending = self._inflight.last_pending(keys, len(matched))
+            found = self._tree.match(keys)
+            matched = found if self._states is None else found[: self._states.deepest(keys, len(found))]
+            pending = self._pending(keys, len(matched))
             if pending is not None:
                 self._block(sequence, pending)
                 continue
+            if budget < 1:
+                continue
+            if self._states is not None and not self._states.room(self._running):
+                return
             needed = self._blocks_for(sequence.length) - len(matched) + self._promised()
             reused = sum(self._pool.refs(block) == 0 for block in matched)
             if needed > self._pool.free + self._pool.cached - reused:
                 return
-            self._start(sequence, matched, now)
+            self._start(sequence, matched, len(found), now)
             budget -= self._plan(sequence, budget, parts)
 
-    def _start(self, sequence: Sequence, matched: list[int], now: float) -> None:
+    def _masked(self, sequence: Sequence) -> bool:
+        """Whether `sequence` may sample: it is not constrained, or has its masks."""
+        return self._masks is None or sequence.request.constraint is None or self._masks.ready(sequence.id)
+
+    def _pending(self, keys: list[BlockKey], matched: int) -> BlockKey | None:
+        """The key to wait for instead of computing beyond the first `matched` blocks. The owner of a hybrid model's
+        block is asked to capture the state there.
+        """
+        if self._states is None:
+            return self._inflight.last_pending(keys, matched)
+        found = self._inflight.deepest_pending(keys, matched) if self._states.waits_help else None
+        if found is None:
+            return None
+        index, owner = found
+        self._states.want(self._all[owner], index + 1)
+        return keys[index]
+
+    def _start(self, sequence: Sequence, matched: list[int], found: int, now: float) -> None:
+        """Run `sequence` from its `matched` blocks on; `found` were present, more where no snapshot is so deep."""
         self._waiting.remove(sequence)
         sequence.state = State.RUNNING
         sequence.lease = Lease(self._pool, self._tree, matched)
@@ -141,6 +195,8 @@ class Scheduler:
             self._counters.cached_tokens += sequence.cached_tokens
             self._counters.prompt_tokens += len(sequence.request.prompt_ids)
         self._running.append(sequence)
+        if self._states is not None:
+            self._states.start(sequence, found)
         full = sequence.length // self._info.block_tokens
         self._inflight.register(sequence.id, sequence.keys(full)[sequence.committed :])
 
@@ -153,11 +209,10 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence, budget: int, parts: dict[RequestId, SequenceSlice]) -> int:
         """Add `sequence`'s next tokens to the step. Returns how many; 0 when it was preempted for lack of blocks."""
-        count = min(sequence.remaining, budget)
+        count = min(sequence.remaining, budget) if self._states is None else self._states.chunk(sequence, budget)
         drafts = self._drafts(sequence, budget - count) if count == sequence.remaining else []
         needed = self._blocks_for(sequence.computed + count + len(drafts))
-        lease = sequence.lease
-        while lease is not None and not lease.grow(max(0, needed - len(lease.blocks))):
+        while not self._reserve(sequence, needed, len(drafts)):
             if drafts:
                 drafts = []
                 needed = self._blocks_for(sequence.computed + count)
@@ -168,9 +223,19 @@ class Scheduler:
             if victim is sequence:
                 return 0
         banned = self._banned(sequence)
-        parts[sequence.id] = sequence.slice(count, drafts, banned, digest=self._info.exact)
+        masks: list[bytes] | None = None
+        if self._masks is not None and sequence.request.constraint is not None:
+            _, masks = self._masks.part(sequence.id, len(drafts))
+        parts[sequence.id] = sequence.slice(count, drafts, banned, digest=self._info.exact, masks=masks)
         self._counters.draft_tokens += len(drafts)
         return count + len(drafts)
+
+    def _reserve(self, sequence: Sequence, blocks: int, drafts: int) -> bool:
+        """Hold what the next slice needs: `blocks` in all and, in a hybrid model, slots for its states."""
+        lease = sequence.lease
+        if lease is not None and not lease.grow(max(0, blocks - len(lease.blocks))):
+            return False
+        return self._states is None or self._states.reserve(sequence, drafts)
 
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
         """Guesses, never past the end of the request or of the model's context."""
@@ -178,7 +243,10 @@ class Scheduler:
             return []
         left = sequence.request.sampling.max_tokens - len(sequence.history.output) - 1
         room = self._info.max_model_len - sequence.length - 1
-        return sequence.drafts(min(self._settings.draft_tokens, budget, left, room))
+        most = min(self._settings.draft_tokens, budget, left, room)
+        if self._masks is not None and sequence.request.constraint is not None:
+            return self._masks.part(sequence.id, most)[0]
+        return sequence.drafts(most)
 
     def _banned(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that may not be chosen before min_tokens."""
@@ -218,17 +286,22 @@ class Scheduler:
             self._counters.accepted_drafts += got.accepted_drafts
             self._commit(sequence)
             if sequence.doomed is not None:
+                self._settle(sequence)
                 self._end(sequence, sequence.doomed, now)
                 continue
             output, finish = take_result(sequence, got, self._info, now)
             if sequence.lease is not None:
                 sequence.lease.truncate(self._blocks_for(sequence.computed))
             self._commit(sequence)
+            self._settle(sequence)
             if output is not None:
                 outputs.append(output)
                 self._counters.output_tokens += len(output.token_ids)
+                if self._masks is not None and finish is None and sequence.request.constraint is not None:
+                    guesses = sequence.drafts(self._settings.draft_tokens)
+                    self._masks.advance(sequence.id, output.token_ids, guesses)
             if finish is not None:
-                self._forget(sequence)
+                self._forget(sequence, whole=finish is not Finish.DONE)
         return outputs + self.collect()
 
     def _commit(self, sequence: Sequence) -> None:
@@ -244,6 +317,10 @@ class Scheduler:
             self._wake(self._inflight.computed(sequence.id, keys[index]))
         sequence.committed = full
 
+    def _settle(self, sequence: Sequence) -> None:
+        if self._states is not None:
+            self._states.settle(sequence)
+
     def _wake(self, waiters: list[RequestId]) -> None:
         for waiter in waiters:
             sequence = self._blocked.pop(waiter)
@@ -258,7 +335,8 @@ class Scheduler:
         self._counters.aborted += 1
         self._forget(sequence)
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: Sequence, *, whole: bool = False) -> None:
+        """Forget an ended sequence. `whole`: it generated to its end, so that the next turn may go on from there."""
         if sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         elif sequence.state is State.BLOCKED:
@@ -268,12 +346,18 @@ class Scheduler:
             self._running.remove(sequence)
             self._drop_state(sequence)
         sequence.state = State.ENDED
+        if self._states is not None:
+            self._states.end(sequence, whole=whole)
         self._waiting.forget(sequence)
+        if self._masks is not None:
+            self._masks.close(sequence.id)
         del self._all[sequence.id]
         self._counters.finished += 1
 
     def _drop_state(self, sequence: Sequence) -> None:
-        """Give back blocks and the keys still pending."""
+        """Give back state slots, blocks and the keys still pending."""
+        if self._states is not None:
+            self._states.stop(sequence)
         if sequence.lease is not None:
             sequence.lease.close()
             sequence.lease = None
@@ -284,7 +368,10 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """A snapshot of queues, blocks and counters."""
         return self._counters.snapshot(
-            waiting=len(self._waiting) + len(self._blocked), running=len(self._running), pool=self._pool
+            waiting=len(self._waiting) + len(self._blocked),
+            running=len(self._running),
+            pool=self._pool,
+            states=self._states,
         )
 
     def check(self) -> None:
@@ -295,5 +382,7 @@ class Scheduler:
         refs = sum(self._pool.refs(block) for block in range(self._pool.total))
         if held != refs:
             raise PoolCorrupt(f"running sequences hold {held} leases, the pool counts {refs}")
+        if self._states is not None:
+            self._states.check(self._tree, self._running)
         if self.idle and len(self._inflight):
             raise PoolCorrupt(f"{len(self._inflight)} keys are pending in an idle engine")

@@ -13,7 +13,7 @@ import enum
 
 from blake3 import blake3
 
-from isthmus.contracts.events import Finish, RequestOutput, Timing
+from isthmus.contracts.events import ErrorInfo, Finish, RequestOutput, Timing
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey, PrefixKey, block_key, prefix_key
 from isthmus.contracts.requests import EngineRequest, Work
@@ -49,6 +49,7 @@ class Sequence:
         self.preemptions = 0
         self.in_step = False
         self.doomed: Finish | None = None
+        self.failure: ErrorInfo | None = None
         self.digest = b""
         self._block_tokens = block_tokens
         self._format_digest = format_digest
@@ -83,6 +84,11 @@ class Sequence:
             self._keys.append(block_key(scope, prefix, self._format_digest))
         return self._keys[:count]
 
+    @property
+    def chain(self) -> list[BlockKey]:
+        """The keys that `keys` was asked for so far. Only grows; not to be changed."""
+        return self._keys
+
     def matchable(self) -> list[BlockKey]:
         """The keys worth matching: all full blocks but never the last token, whose logits are needed."""
         return self.keys((len(self._tokens) - 1) // self._block_tokens)
@@ -94,7 +100,15 @@ class Sequence:
             self._drafter.extend(self._tokens)
         return self._drafter.propose(limit)
 
-    def slice(self, count: int, drafts: list[int], banned: tuple[int, ...], *, digest: bool) -> SequenceSlice:
+    def slice(
+        self,
+        count: int,
+        drafts: list[int],
+        banned: tuple[int, ...],
+        *,
+        digest: bool,
+        masks: list[bytes] | None = None,
+    ) -> SequenceSlice:
         """The next `count` known tokens (and `drafts` after them) as a part of a step. The lease covers them."""
         lease = self.lease
         if lease is None:
@@ -104,9 +118,8 @@ class Sequence:
         sample = None
         if last and self.request.work is Work.GENERATE:
             params = self.request.sampling
-            sample = SampleTask(
-                params, len(self.history.output), self.history, banned, params.min_tokens if banned else 0, digest
-            )
+            until = params.min_tokens if banned else 0
+            sample = SampleTask(params, len(self.history.output), self.history, banned, until, digest, masks)
         hidden = last and self.request.work is Work.EMBED
         tokens = self._tokens[self.computed : end] + drafts
         return SequenceSlice(self.id, tokens, self.computed, list(lease.blocks), sample, len(drafts), hidden)
@@ -138,4 +151,5 @@ class Sequence:
             cached_tokens=self.cached_tokens or 0,
             timing=timing,
             logits_digest=self.digest or None,
+            error=self.failure,
         )

@@ -4,8 +4,10 @@ import msgspec
 
 from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
+from isthmus.execution.inference.grammar.settings import GrammarSettings
 
 DTYPES = ("auto", "f32", "bf16", "f16")
+SNAPSHOT_POLICIES = ("turns", "every-block", "last-only")
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,6 +16,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     `max_batch_tokens`: tokens computed by one step (the chunk size of long prompts). `max_running`: sequences that hold
     blocks at a time. `max_waiting`: requests queued beyond those; one more is refused. `ageing_s`: seconds of waiting
     that make up for one level of priority. `draft_tokens`: guesses a request a step by prompt lookup, 0 for none.
+    `snapshots`: which recurrent states of a hybrid model are kept for reuse, one of `SNAPSHOT_POLICIES` (recurrent.py);
+    the others than `turns` are there to be compared with.
     """
 
     max_batch_tokens: int = 2048
@@ -21,6 +25,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 512
     ageing_s: float = 5.0
     draft_tokens: int = 0
+    snapshots: str = "turns"
 
     def __post_init__(self) -> None:
         limits = {"max_batch_tokens": 1 << 20, "max_running": 4096, "max_waiting": 1 << 20}
@@ -33,13 +38,16 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"ageing_s is {self.ageing_s}, accepted: 0.001 to 86400", "ageing_s")
         if not 0 <= self.draft_tokens <= 16:
             raise InvalidInput(f"draft_tokens is {self.draft_tokens}, accepted: 0 to 16", "draft_tokens")
+        if self.snapshots not in SNAPSHOT_POLICIES:
+            raise InvalidInput(f"snapshots is not one of {', '.join(SNAPSHOT_POLICIES)}", "snapshots")
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine process serves and how.
 
     `model` is a folder in the Hugging Face layout; `name` is what clients call it. `kv_bytes` is the size of the block
-    pool's memory. `max_model_len` 0 means the model's own limit. `threads` 0 means one a core.
+    pool's memory, `state_bytes` that of the recurrent states of a hybrid model (others take none). `max_model_len` 0
+    means the model's own limit. `threads` 0 means one a core.
     """
 
     model: str
@@ -49,9 +57,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     exact: bool = False
     block_tokens: int = 16
     kv_bytes: int = 256 * 1024 * 1024
+    state_bytes: int = 256 * 1024 * 1024
     max_model_len: int = 0
     threads: int = 0
     scheduler: SchedulerSettings = SchedulerSettings()
+    grammar: GrammarSettings = GrammarSettings()
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= MAX_MODEL_NAME_CHARS:
@@ -62,6 +72,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"block_tokens is {self.block_tokens}, accepted: 1 to 1024", "block_tokens")
         if not 1 << 16 <= self.kv_bytes <= 1 << 44:
             raise InvalidInput(f"kv_bytes is {self.kv_bytes}, accepted: 64 KiB to 16 TiB", "kv_bytes")
+        if not 1 <= self.state_bytes <= 1 << 44:
+            raise InvalidInput(f"state_bytes is {self.state_bytes}, accepted: 1 to 16 TiB", "state_bytes")
         if not 0 <= self.max_model_len <= 1 << 24:
             raise InvalidInput(f"max_model_len is {self.max_model_len}, accepted: 0 to {1 << 24}", "max_model_len")
         if not 0 <= self.threads <= 1024:

@@ -7,7 +7,7 @@ block's ancestors are never leaves.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from isthmus.contracts.keys import BlockKey
@@ -27,8 +27,10 @@ class _Node:
 class PrefixTree:
     """The index of a pool's computed blocks."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, evicted: Callable[[BlockKey], None] | None = None) -> None:
+        """`evicted` is told the key of every block that leaves."""
         self._pool = pool
+        self._evicted = evicted
         self._nodes: dict[BlockKey, _Node] = {}
         self._by_block: dict[int, _Node] = {}
         self._leaves: list[tuple[int, int]] = []
@@ -40,6 +42,11 @@ class PrefixTree:
     def holds(self, key: BlockKey) -> bool:
         """Whether `key` is present."""
         return key in self._nodes
+
+    def leased(self, key: BlockKey) -> bool:
+        """Whether the block of `key` is present and leased."""
+        node = self._nodes.get(key)
+        return node is not None and self._pool.refs(node.block) > 0
 
     def match(self, keys: Sequence[BlockKey]) -> list[int]:
         """The blocks of the longest present prefix of the chain `keys`. They are not leased yet: lease them before
@@ -99,6 +106,8 @@ class PrefixTree:
         del self._nodes[node.key]
         del self._by_block[node.block]
         self._pool.unindex(node.block)
+        if self._evicted is not None:
+            self._evicted(node.key)
         parent = node.parent
         if parent is not None:
             parent.children -= 1

@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from isthmus.contracts.errors import ModelInvalid
 from isthmus.contracts.framing import frame
-from isthmus.execution.inference.model_config import read_json
+from isthmus.execution.inference.config_fields import read_json
 
 MAX_HEADER_BYTES = 1 << 26
 MAX_INDEX_BYTES = 1 << 26
@@ -54,12 +54,14 @@ class Weights:
     parameters: int
 
 
-def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], ignored: frozenset[str]) -> list[Entry]:
+def check_weights(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], ignored: frozenset[str], ignored_prefix: str = ""
+) -> list[Entry]:
     """Where each of `expected` lies, by name, every header checked but no tensor read. Raises as `load_weights`."""
     with ExitStack() as stack:
         maps = {name: stack.enter_context(_Mapped(folder, name)) for name in _files(folder)}
         entries = _entries(maps, folder)
-        _match(entries, expected, ignored)
+        _match(entries, expected, ignored, ignored_prefix)
     return [entries[name] for name in sorted(expected)]
 
 
@@ -69,15 +71,19 @@ def load_weights(
     ignored: frozenset[str],
     dtype: torch.dtype,
     progress: Progress,
+    *,
+    precise: frozenset[str] = frozenset(),
+    ignored_prefix: str = "",
 ) -> Weights:
-    """Load `expected` (name -> shape) from `folder`, cast to `dtype`. Names in `ignored` may be there and are not used.
+    """Load `expected` (name -> shape) from `folder`, cast to `dtype`, or to float32 when named in `precise`.
 
+    Names in `ignored`, and those that begin with `ignored_prefix` if it is not empty, may be there and are not used.
     Raises `ModelInvalid` on anything missing, unexpected, misshapen, truncated or inconsistent.
     """
     with ExitStack() as stack:
         maps = {name: stack.enter_context(_Mapped(folder, name)) for name in _files(folder)}
         entries = _entries(maps, folder)
-        _match(entries, expected, ignored)
+        _match(entries, expected, ignored, ignored_prefix)
         hasher = blake3(max_threads=blake3.AUTO)
         config = json.dumps(read_json(folder / "config.json", 1 << 20), sort_keys=True).encode()
         hasher.update(frame(b"isthmus/weights/v1", config))
@@ -89,7 +95,7 @@ def load_weights(
             view = maps[entry.file].view(entry)
             hasher.update(_describe(name, entry))
             hasher.update(view)
-            tensors[name] = _tensor(view, entry, dtype)
+            tensors[name] = _tensor(view, entry, torch.float32 if name in precise else dtype)
             parameters += tensors[name].numel()
             done += entry.end - entry.start
             progress("loading weights", done / total)
@@ -235,7 +241,9 @@ def _sizes(value: Any, fewest: int, most: int) -> bool:
     return all(type(number) is int and 0 <= number < 1 << 48 for number in value)
 
 
-def _match(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]], ignored: frozenset[str]) -> None:
+def _match(
+    entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]], ignored: frozenset[str], ignored_prefix: str
+) -> None:
     """Exactly the expected tensors, in the expected shapes."""
     for name, shape in expected.items():
         if name not in entries:
@@ -244,5 +252,6 @@ def _match(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]
             entry = entries[name]
             raise ModelInvalid(f"{entry.file}: {name} has shape {list(entry.shape)}, config.json says {list(shape)}")
     for name, entry in entries.items():
-        if name not in expected and name not in ignored:
+        beside = name in ignored or bool(ignored_prefix and name.startswith(ignored_prefix))
+        if name not in expected and not beside:
             raise ModelInvalid(f"{entry.file}: {name[:200]} is not part of this model")

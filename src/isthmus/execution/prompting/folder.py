@@ -2,7 +2,8 @@
 
 Promise: what is returned is complete and within limits, or `ModelInvalid` names the file, the entry and what was
 expected. Read: `tokenizer.json` (required), `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`
-(optional; the file wins over the entry `chat_template` of the config, as in transformers).
+(optional; the file wins over the entry `chat_template` of the config, as in transformers); and of
+`generation_config.json` (optional) what it says about sampling.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from isthmus.contracts.errors import ModelInvalid
+from isthmus.contracts.errors import InvalidInput, ModelInvalid
+from isthmus.contracts.sampling import SamplingDefaults
 
 MAX_TOKENIZER_BYTES = 48 * 1024 * 1024
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
@@ -46,6 +48,27 @@ def read_text_files(folder: Path) -> TextFiles:
     if source is not None:
         template = _utf8(folder / "chat_template.jinja", source)
     return TextFiles(folder, tokenizer, template, specials)
+
+
+def read_sampling_defaults(folder: Path) -> SamplingDefaults:
+    """How the model's makers say it should be sampled: the entries of `SamplingDefaults` in `generation_config.json`.
+
+    `do_sample` and the length limits are not read, as in vLLM: a request that wants greedy decoding says so. Raises
+    `ModelInvalid` for a value that no request could ask for.
+    """
+    path = folder / "generation_config.json"
+    found: dict[str, float] = {}
+    for name, value in _read_object(path).items():
+        if name not in SamplingDefaults.__struct_fields__ or value is None:
+            continue
+        whole = name == "top_k"
+        if isinstance(value, bool) or not isinstance(value, int | float) or (whole and not isinstance(value, int)):
+            raise ModelInvalid(f"{path}: {name} is not {'a whole number' if whole else 'a number'}")
+        found[name] = max(0, value) if whole else value
+    try:
+        return msgspec.convert(found, SamplingDefaults)
+    except (InvalidInput, msgspec.ValidationError) as error:
+        raise ModelInvalid(f"{path}: {error}; sampling_defaults = false leaves it out") from error
 
 
 def _read(path: Path, limit: int) -> bytes | None:

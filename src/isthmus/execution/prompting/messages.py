@@ -7,7 +7,7 @@ helper -> pool      Loaded | Refused, then TokenIds | Refused, one for each
 import msgspec
 
 from isthmus.contracts.events import ErrorInfo
-from isthmus.contracts.prompting import ChatMessage
+from isthmus.contracts.prompting import ChatMessage, ChatOptions
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -32,7 +32,7 @@ class Render(msgspec.Struct, frozen=True, tag="render"):
     """Apply the chat template, then tokenise. `now` is seconds since the Unix epoch, for `strftime_now` (UTC)."""
 
     messages: list[ChatMessage]
-    add_generation_prompt: bool
+    options: ChatOptions
     now: float
 
 

@@ -8,12 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec import structs
+
 from isthmus.contracts.clock import Clock
+from isthmus.contracts.constraints import Constraint
 from isthmus.contracts.errors import InvalidInput, TooLarge, Unsupported
-from isthmus.contracts.prompting import MAX_MESSAGES, MAX_TEXT_BYTES, ChatMessage
+from isthmus.contracts.prompting import (
+    MAX_MESSAGES,
+    MAX_TEXT_BYTES,
+    PROMPT_TAIL_TOKENS,
+    ChatMessage,
+    ChatOptions,
+    OutputParse,
+    ToolDefinition,
+)
 from isthmus.contracts.sampling import TextParams
 from isthmus.execution.prompting.assembler import Assembler, Detokenizer
+from isthmus.execution.prompting.dialects import AUTO, Dialect, Opening, detect, opening
 from isthmus.execution.prompting.folder import TextFiles, read_text_files
+from isthmus.execution.prompting.grammar import chat_constraint
 from isthmus.execution.prompting.messages import Encode, Render
 from isthmus.execution.prompting.pool import HelperPool, PoolSettings, PoolStats, text_bytes
 from isthmus.execution.prompting.vocabulary import Vocabulary
@@ -23,11 +36,16 @@ _DECODE_CHUNK = 4096
 
 @dataclass(frozen=True, slots=True)
 class PromptingSettings:
-    """Limits of the plane. `max_text_bytes` is of one request, in UTF-8."""
+    """Limits of the plane. `max_text_bytes` is of one request, in UTF-8.
+
+    `tool_parser` and `reasoning_parser` name the dialect that the model writes (`dialects`), `auto` by its template.
+    """
 
     pool: PoolSettings = field(default_factory=PoolSettings)
     max_text_bytes: int = MAX_TEXT_BYTES
     max_messages: int = MAX_MESSAGES
+    tool_parser: str = AUTO
+    reasoning_parser: str = AUTO
 
 
 class FolderPrompting:
@@ -38,12 +56,19 @@ class FolderPrompting:
         self._settings = settings
         self._clock = clock
         self._vocabulary = Vocabulary.from_json(files.tokenizer, str(files.folder / "tokenizer.json"))
+        self._dialect = detect(files.template, settings.tool_parser, settings.reasoning_parser)
         self._pool = HelperPool(settings.pool, files.tokenizer, files.template, files.specials)
+        self._thinks_when_asked = False
 
     @property
     def has_template(self) -> bool:
         """Whether conversations can be encoded."""
         return self._files.template is not None
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the model writes tool calls and reasoning."""
+        return self._dialect
 
     @property
     def vocab_size(self) -> int:
@@ -58,8 +83,19 @@ class FolderPrompting:
     async def start(self) -> None:
         """Start the helper processes. Raises `ModelInvalid`."""
         await self._pool.start()
+        self._thinks_when_asked = await self._opens_reasoning(thinking=True) and not await self._opens_reasoning()
 
-    async def encode_chat(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> list[int]:
+    async def _opens_reasoning(self, *, thinking: bool | None = None) -> bool:
+        """Whether the template's prompt ends within reasoning. A template that refuses a greeting does not."""
+        if self._files.template is None or self._dialect.reasoning_marks is None:
+            return False
+        try:
+            prompt = await self.encode_chat([ChatMessage("user", "Hello!")], ChatOptions(thinking=thinking))
+        except InvalidInput:
+            return False
+        return opening(self._dialect, self._vocabulary, prompt[-PROMPT_TAIL_TOKENS:]) is Opening.OPENED
+
+    async def encode_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> list[int]:
         """See `ports.Prompting`."""
         if self._files.template is None:
             raise Unsupported("the model has no chat template: use /v1/completions", "messages")
@@ -67,8 +103,10 @@ class FolderPrompting:
             raise InvalidInput(
                 f"messages has {len(messages)} entries, accepted: 1 to {self._settings.max_messages}", "messages"
             )
-        size = self._check_size(sum(text_bytes(m.content) + text_bytes(m.name or "") for m in messages), "messages")
-        return await self._pool.ask(Render(list(messages), add_generation_prompt, self._clock.wall()), size)
+        options = options or ChatOptions()
+        size = self._check_size(sum(map(_message_bytes, messages)), "messages")
+        size += self._check_size(sum(map(_tool_bytes, options.tools)), "tools")
+        return await self._pool.ask(Render(list(messages), options, self._clock.wall()), size)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See `ports.Prompting`."""
@@ -93,9 +131,20 @@ class FolderPrompting:
         """See `ports.Prompting`. Nothing for a row of the model that is no token."""
         return self._vocabulary.token_bytes(token_id)
 
-    def assembler(self, params: TextParams) -> Assembler:
+    def assembler(self, params: TextParams, parse: OutputParse | None = None) -> Assembler:
         """See `ports.Prompting`."""
-        return Assembler(self._vocabulary, params)
+        return Assembler(self._vocabulary, params, parse, self._dialect)
+
+    def constraint(
+        self, options: ChatOptions, response: Constraint | None, prompt_tail: Sequence[int] = ()
+    ) -> Constraint | None:
+        """See `ports.Prompting`.
+
+        Where the template opens the reasoning itself when asked to, a model that was not asked does not reason.
+        """
+        if self._thinks_when_asked and options.thinking is None:
+            options = structs.replace(options, thinking=False)
+        return chat_constraint(self._dialect, self._vocabulary, options, response, prompt_tail)
 
     async def close(self) -> None:
         """See `ports.Prompting`."""
@@ -106,6 +155,16 @@ class FolderPrompting:
         if size > limit:
             raise TooLarge(f"{name} has {size} bytes, limit {limit}", name)
         return size
+
+
+def _message_bytes(message: ChatMessage) -> int:
+    calls = (text for call in message.tool_calls for text in (call.id, call.name, call.arguments))
+    texts = (message.content, message.name or "", message.tool_call_id or "", message.reasoning or "", *calls)
+    return sum(map(text_bytes, texts))
+
+
+def _tool_bytes(tool: ToolDefinition) -> int:
+    return sum(map(text_bytes, (tool.name, tool.description, tool.parameters)))
 
 
 def open_prompting(folder: Path, settings: PromptingSettings, clock: Clock) -> FolderPrompting:

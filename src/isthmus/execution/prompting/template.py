@@ -22,7 +22,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isthmus.contracts.errors import InvalidInput, ModelInvalid, TooLarge
-from isthmus.contracts.prompting import ChatMessage
+from isthmus.contracts.prompting import ChatMessage, ChatOptions
+from isthmus.execution.prompting.conversation import Arguments, Shaper
 
 MAX_PRODUCT = 1_000_000
 MAX_DATE_FORMAT = 64
@@ -82,14 +83,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled chat template. Raises `ModelInvalid` when the source is not a template."""
+    """A compiled chat template. Raises `ModelInvalid` when the source is not a template.
 
-    def __init__(self, source: str, specials: dict[str, str], output_chars: int) -> None:
+    `specials` are the special tokens that the template may name; `special_tokens` all that text must not become.
+    """
+
+    def __init__(
+        self, source: str, specials: dict[str, str], output_chars: int, special_tokens: Sequence[str] = ()
+    ) -> None:
         self._source = source
         self._specials = specials
         self._output_chars = output_chars
-        # Models that do not know the newer role would drop such a message without a word; to them it is `system`.
-        self._knows_developer = "developer" in source
+        self._shaper = Shaper(source, special_tokens)
         # Autoescaping is for HTML; prompts are plain text, as in transformers.
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=[_Generation, loopcontrols]
@@ -103,13 +108,13 @@ class ChatTemplate:
         except (TemplateError, RecursionError, MemoryError, ValueError, SyntaxError, TypeError) as error:
             raise ModelInvalid(f"chat_template does not compile ({type(error).__name__})") from error
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool, now: float) -> str:
-        """The prompt's text. Raises `InvalidInput` when the template fails, `TooLarge` when it gives too much."""
+    def render(self, messages: Sequence[ChatMessage], options: ChatOptions, *, now: float) -> str:
+        """The prompt's text, `GUARD`s in it. Raises `InvalidInput` when the template fails, `TooLarge` when it gives
+        too much.
+        """
         values = {
             **self._specials,
-            "messages": [self._message(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            **self._shaper.values(messages, options),
             "documents": None,
             "strftime_now": _strftime(now),
         }
@@ -133,13 +138,6 @@ class ChatTemplate:
             ) from error
         return "".join(parts)
 
-    def _message(self, message: ChatMessage) -> dict[str, str]:
-        role = message.role if message.role != "developer" or self._knows_developer else "system"
-        fields = {"role": role, "content": message.content}
-        if message.name is not None:
-            fields["name"] = message.name
-        return fields
-
     def _reason(self, text: str) -> str:
         """The template's own words, if they are literally in its source: anything else could be prompt text."""
         if len(text) <= MAX_REASON_CHARS and text in self._source:
@@ -152,7 +150,9 @@ def _raise_exception(message: object) -> None:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    """JSON without HTML escapes, as transformers gives templates."""
+    """JSON without HTML escapes, as transformers gives templates. Arguments of a call are as they were written."""
+    if isinstance(value, Arguments) and indent is None and not sort_keys and not ensure_ascii:
+        return value.text
     if indent is not None and not 0 <= indent <= 16:
         raise SecurityError("indent is over the limit")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)

@@ -80,6 +80,7 @@ class Vocabulary:
         for token_id, text in tokens.items():
             self._tokens[token_id] = text
         self._added = added
+        self._added_ids = {text: token_id for token_id, text in added.items()}
         self._special = frozenset(special)
 
     @classmethod
@@ -101,6 +102,10 @@ class Vocabulary:
             raise ModelInvalid(f"{source} has no tokens")
         special = (entry.id for entry in parsed.added_tokens if entry.special)
         return cls(tokens, added, special, decode_rule(parsed.decoder, source))
+
+    def added_id(self, text: str) -> int | None:
+        """The id of the added token whose text this is; None when it is not a token of its own."""
+        return self._added_ids.get(text)
 
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves this token out."""

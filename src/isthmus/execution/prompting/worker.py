@@ -15,11 +15,12 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from isthmus.contracts.errors import InvalidInput, IsthmusError, ModelInvalid, TooLarge, Unsupported
 from isthmus.contracts.events import ErrorInfo
 from isthmus.contracts.wire import FrameReader, encode_frame
+from isthmus.execution.prompting.conversation import GUARD
 from isthmus.execution.prompting.messages import (
     Answer,
     Encode,
@@ -64,18 +65,30 @@ class Helper:
         self._tokenizer = tokenizer
         self._template = None
         if setup.template is not None:
-            self._template = ChatTemplate(setup.template, setup.specials, setup.limits.output_chars)
+            added = tokenizer.get_added_tokens_decoder().values()
+            special = [token.content for token in added if token.special]
+            self._template = ChatTemplate(setup.template, setup.specials, setup.limits.output_chars, special)
 
     def answer(self, question: Render | Encode) -> TokenIds:
         """The token ids asked for. Raises errors of the tree."""
         if isinstance(question, Render):
             if self._template is None:
                 raise Unsupported("the model has no chat template: use /v1/completions", "messages")
-            text = self._template.render(
-                question.messages, add_generation_prompt=question.add_generation_prompt, now=question.now
-            )
+            text = self._template.render(question.messages, question.options, now=question.now)
+            if GUARD in text:
+                return self._encode_guarded(text)
             return self._encode(text, add_special_tokens=False)
         return self._encode(question.text, add_special_tokens=question.add_special_tokens)
+
+    def _encode_guarded(self, text: str) -> TokenIds:
+        """Tokenise with the guards in `text` dropped after special tokens were looked for: normalisers run then."""
+        usual = self._tokenizer.normalizer
+        drop = normalizers.Replace(GUARD, "")
+        self._tokenizer.normalizer = drop if usual is None else normalizers.Sequence([drop, usual])
+        try:
+            return self._encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.normalizer = usual
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> TokenIds:
         try:

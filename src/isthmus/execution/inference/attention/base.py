@@ -27,12 +27,20 @@ class Span:
         """One past the last position."""
         return self.start + self.count
 
+    def first_key(self, window: int) -> int:
+        """The first position that the first query sees: it sees `window` keys, its own with them; 0 for all."""
+        return max(0, self.start - window + 1) if window else 0
+
 
 class StepAttention(Protocol):
     """Attention of one step, for each layer in turn. K and V of the step are in the memory already."""
 
-    def __call__(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Causal attention of `query` [rows, heads, head_dim]; the same shape. Rows of no span are zero."""
+    def __call__(self, layer: int, query: torch.Tensor, window: int = 0) -> torch.Tensor:
+        """Causal attention of `query` [rows, heads, head_dim]; the same shape. Rows of no span are zero.
+
+        With a `window` the query at position p sees the keys in (p - window, p]; 0 for all up to p. `layer` is the
+        layer's place in the memory.
+        """
         ...
 
 
@@ -40,5 +48,5 @@ class AttentionBackend(Protocol):
     """Attention over block tables."""
 
     def plan(self, spans: Sequence[Span], memory: KvMemory, heads: int) -> StepAttention:
-        """Prepare everything of a step that all layers share."""
+        """Prepare what all layers of a step share; what layers of one window share is prepared when it is needed."""
         ...

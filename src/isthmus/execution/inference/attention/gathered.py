@@ -2,7 +2,7 @@
 
 Sequences with few query tokens (decode, drafts) are grouped by length and padded, one gather and one SDPA a group.
 Longer spans go one by one, in chunks of queries, so that no mask exceeds `QUERY_CHUNK` rows. Padding reads the zero
-row of the memory and is masked.
+row of the memory and is masked. With a sliding window only the keys that some query of the span sees are gathered.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,22 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Long:
-    """One sequence with many queries."""
+    """One sequence with many queries. The first key gathered is that of position `low`."""
 
     first: int
     count: int
     start: int
+    low: int
     keys: torch.Tensor  # [2, length]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the layers of one window share."""
+
+    window: int
+    groups: Sequence[_Group]
+    long: Sequence[_Long]
 
 
 class GatheredAttention:
@@ -46,22 +56,30 @@ class GatheredAttention:
 
     def plan(self, spans: Sequence[Span], memory: KvMemory, heads: int) -> StepAttention:
         """See `AttentionBackend`."""
-        short = [span for span in spans if span.count <= SHORT_QUERY]
-        long = [_long(span, memory) for span in spans if span.count > SHORT_QUERY]
-        groups = [_group(part, memory) for part in _split(short)]
         del heads
-        return _GatheredStep(memory, groups, long)
+        return _GatheredStep(memory, spans)
 
 
-def _split(spans: Sequence[Span]) -> list[list[Span]]:
+def _plan(spans: Sequence[Span], memory: KvMemory, window: int) -> _Plan:
+    short = [span for span in spans if span.count <= SHORT_QUERY]
+    long = [_long(span, memory, window) for span in spans if span.count > SHORT_QUERY]
+    return _Plan(window, [_group(part, memory, window) for part in _split(short, window)], long)
+
+
+def _length(span: Span, window: int) -> int:
+    """Keys that some query of the span sees."""
+    return span.end - span.first_key(window)
+
+
+def _split(spans: Sequence[Span], window: int) -> list[list[Span]]:
     """Groups in which padding at most doubles the keys, and which fit the scratch limit."""
     groups: list[list[Span]] = []
     length = 0
-    for span in sorted(spans, key=lambda span: (span.count, -span.end)):
-        fits = groups and span.count == groups[-1][0].count and 2 * span.end >= length
+    for span in sorted(spans, key=lambda span: (span.count, -_length(span, window))):
+        fits = groups and span.count == groups[-1][0].count and 2 * _length(span, window) >= length
         if not fits or (len(groups[-1]) + 1) * length > GROUP_TOKENS:
             groups.append([])
-            length = span.end
+            length = _length(span, window)
         groups[-1].append(span)
     return groups
 
@@ -72,13 +90,15 @@ def _both(rows: np.ndarray, memory: KvMemory) -> torch.Tensor:
     return torch.from_numpy(np.stack((flat, flat + memory.value_offset))).to(memory.rows.device)
 
 
-def _group(spans: Sequence[Span], memory: KvMemory) -> _Group:
-    length, queries = max(span.end for span in spans), spans[0].count
+def _group(spans: Sequence[Span], memory: KvMemory, window: int) -> _Group:
+    length, queries = max(_length(span, window) for span in spans), spans[0].count
     keys = np.full((len(spans), length), memory.zero_row, np.int64)
     for index, span in enumerate(spans):
-        keys[index, : span.end] = span.rows
-    starts = np.array([span.start for span in spans])[:, None] + np.arange(queries)
-    hidden = np.arange(length)[None, None, :] > starts[:, :, None]
+        keys[index, : _length(span, window)] = span.rows[span.first_key(window) :]
+    # How far each key lies behind each query; padding lies ahead of all of them.
+    offsets = np.array([span.start - span.first_key(window) for span in spans])[:, None] + np.arange(queries)
+    behind = offsets[:, :, None] - np.arange(length)
+    hidden = (behind < 0) | (behind >= window) if window else behind < 0
     mask = np.zeros(hidden.shape, np.float32)
     mask[hidden] = -np.inf
     source = np.array([span.first for span in spans])[:, None] + np.arange(queries)
@@ -88,31 +108,32 @@ def _group(spans: Sequence[Span], memory: KvMemory) -> _Group:
     return _Group(queries, rows, _both(keys, memory), bias)
 
 
-def _long(span: Span, memory: KvMemory) -> _Long:
-    return _Long(span.first, span.count, span.start, _both(span.rows, memory))
+def _long(span: Span, memory: KvMemory, window: int) -> _Long:
+    low = span.first_key(window)
+    return _Long(span.first, span.count, span.start, low, _both(span.rows[low:], memory))
 
 
 class _GatheredStep:
     """The plan of one step."""
 
-    def __init__(self, memory: KvMemory, groups: Sequence[_Group], long: Sequence[_Long]) -> None:
+    def __init__(self, memory: KvMemory, spans: Sequence[Span]) -> None:
         self._memory = memory
-        self._groups = groups
-        self._long = long
+        self._spans = spans
+        self._rows = sum(span.count for span in spans)
+        self._plans: dict[int, _Plan] = {}
 
-    def __call__(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, query: torch.Tensor, window: int = 0) -> torch.Tensor:
         """See `StepAttention`."""
-        out = torch.zeros_like(query) if not self._whole(query) else torch.empty_like(query)
-        for group in self._groups:
+        plan = self._plans.get(window)
+        if plan is None:
+            plan = self._plans[window] = _plan(self._spans, self._memory, window)
+        out = torch.empty_like(query) if self._rows == query.shape[0] else torch.zeros_like(query)
+        for group in plan.groups:
             result = self._short(layer, query, group)
             out.index_copy_(0, group.rows, result)
-        for part in self._long:
-            self._prefill(layer, query, part, out)
+        for part in plan.long:
+            self._prefill(layer, query, part, window, out)
         return out
-
-    def _whole(self, query: torch.Tensor) -> bool:
-        rows = sum(group.rows.numel() for group in self._groups) + sum(part.count for part in self._long)
-        return rows == query.shape[0]
 
     def _gather(self, layer: int, keys: torch.Tensor, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each [sequences, kv_heads, length, head_dim] (strided)."""
@@ -137,9 +158,9 @@ class _GatheredStep:
         mixed = mixed.view(sequences, kv_heads, shared, queries, head_dim).permute(0, 3, 1, 2, 4)
         return mixed.reshape(-1, query.shape[1], head_dim)
 
-    def _prefill(self, layer: int, query: torch.Tensor, part: _Long, out: torch.Tensor) -> None:
+    def _prefill(self, layer: int, query: torch.Tensor, part: _Long, window: int, out: torch.Tensor) -> None:
         key, value = self._gather(layer, part.keys, 1)
-        if part.start == 0:
+        if part.start == 0 and (not window or part.count <= window):
             rows = query[part.first : part.first + part.count].transpose(0, 1)[None]
             mixed = scaled_dot_product_attention(rows, key, value, is_causal=True, enable_gqa=True)
             out[part.first : part.first + part.count] = mixed[0].transpose(0, 1)
@@ -147,10 +168,13 @@ class _GatheredStep:
         for low in range(0, part.count, QUERY_CHUNK):
             high = min(low + QUERY_CHUNK, part.count)
             end = part.start + high
-            seen = torch.arange(end, device=query.device)
-            mask = seen[None, :] <= torch.arange(part.start + low, end, device=query.device)[:, None]
+            first = max(part.low, part.start + low - window + 1) if window else 0
+            seen = torch.arange(first, end, device=query.device)[None, :]
+            at = torch.arange(part.start + low, end, device=query.device)[:, None]
+            mask = (seen <= at) & (seen > at - window) if window else seen <= at
             rows = query[part.first + low : part.first + high].transpose(0, 1)[None]
+            kept = slice(first - part.low, end - part.low)
             mixed = scaled_dot_product_attention(
-                rows, key[:, :, :end], value[:, :, :end], attn_mask=mask, enable_gqa=True
+                rows, key[:, :, kept], value[:, :, kept], attn_mask=mask, enable_gqa=True
             )
             out[part.first + low : part.first + high] = mixed[0].transpose(0, 1)

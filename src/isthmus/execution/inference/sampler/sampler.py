@@ -18,6 +18,7 @@ from isthmus.execution.inference.batch import SampleTask, SequenceSlice, SliceRe
 from isthmus.execution.inference.sampler.adjust import adjust
 from isthmus.execution.inference.sampler.choose import inverse_cdf, kept, ranked
 from isthmus.execution.inference.sampler.draws import uniform
+from isthmus.execution.inference.sampler.mask import masked
 
 HEAD = 256
 """Best tokens looked at before a whole row is sorted."""
@@ -46,6 +47,11 @@ class _Row:
         return self.task.banned if self.task.index + self.offset < self.task.banned_until else ()
 
     @property
+    def mask(self) -> bytes | None:
+        """The bitmask of allowed tokens here, None when the output is not constrained."""
+        return None if self.task.masks is None else self.task.masks[self.offset]
+
+    @property
     def adjusted(self) -> bool:
         """Whether the logits change before the choice."""
         return bool(self.task.params.logit_bias or self.task.params.penalised or self.banned)
@@ -71,7 +77,7 @@ class Sampler:
         if not rows:
             return [SliceResult() for _ in slices]
         raw = logits if sources == list(range(logits.shape[0])) else logits[torch.tensor(sources, device=logits.device)]
-        tokens = self._choose(_adjusted(raw, rows), rows)
+        tokens = self._choose(masked(_adjusted(raw, rows), [row.mask for row in rows]), rows)
         results: list[SliceResult] = []
         first = 0
         for part in slices:

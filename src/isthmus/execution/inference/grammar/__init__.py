@@ -1,0 +1,1 @@
+"""Structured output: constraints on outputs, turned into masks over the vocabulary by a process of its own."""
