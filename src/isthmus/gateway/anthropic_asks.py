@@ -18,6 +18,7 @@ from isthmus.gateway.anthropic_schema import (
     CountRequest,
     MessageIn,
     MessagesRequest,
+    PlainText,
     TextBlock,
     ThinkingBlock,
     ThinkingDisabled,
@@ -101,7 +102,7 @@ def hides_thinking(body: CountRequest) -> bool:
 
 def marks_cache(body: CountRequest) -> bool:
     """Whether anything in the body is marked to be kept."""
-    held: list[TextBlock | Block] = [block for message in body.messages for block in _blocks(message)]
+    held: list[PlainText | Block] = [block for message in body.messages for block in _blocks(message)]
     held += body.system if isinstance(body.system, list) else []
     marked = any(getattr(block, "cache_control", None) is not None for block in held)
     return marked or body.cache_control is not None or any(tool.cache_control for tool in body.tools or ())

@@ -40,6 +40,14 @@ class TextBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="te
     cache_control: CacheControl | None = None
 
 
+class PlainText(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Text where nothing else may stand. A lone struct's tag may be left out of a body; this `type` may not."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+
+
 class ThinkingBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="thinking"):
     """What an assistant thought before it answered, as an answer gave it. The signature is not looked at."""
 
@@ -66,7 +74,7 @@ class ToolResultBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
     """What a tool answered."""
 
     tool_use_id: CallId
-    content: str | Annotated[list[TextBlock], Meta(max_length=MAX_BLOCKS)] | None = None
+    content: str | Annotated[list[PlainText], Meta(max_length=MAX_BLOCKS)] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -157,7 +165,7 @@ class CountRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model: Annotated[str, Meta(min_length=1, max_length=MAX_MODEL_NAME_CHARS)]
     messages: Annotated[list[MessageIn], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | Annotated[list[TextBlock], Meta(max_length=MAX_BLOCKS)] | None = None
+    system: str | Annotated[list[PlainText], Meta(max_length=MAX_BLOCKS)] | None = None
     tools: Annotated[list[ToolIn], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ChoiceAuto | ChoiceAny | ChoiceTool | ChoiceNone | None = None
     thinking: ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled | None = None
