@@ -1,7 +1,4 @@
-"""The embedded model of its own accord: it calls the tool that is described to it, and its answer uses the result.
-
-Runs with the second edition of the embedded model, which is trained for it; the first has another chat template.
-"""
+"""The embedded model of its own accord: it calls the tool that is described to it, and its answer uses the result."""
 
 import json
 from collections.abc import Iterator
@@ -11,35 +8,12 @@ import openai
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from tests.support.server import Served, serve
-
-from isthmus.config import Settings
-from isthmus.execution.prompting.folder import read_text_files
-
-pytestmark = pytest.mark.skipif(
-    "enable_thinking" not in (read_text_files(Settings().model_folder).template or ""),
-    reason="the embedded model is of the first edition, which was not trained to call tools",
-)
-
-
-def tool(name: str, about: str, **properties: dict[str, object]) -> dict[str, Any]:
-    schema = {"type": "object", "properties": properties, "required": list(properties)}
-    return {"type": "function", "function": {"name": name, "description": about, "parameters": schema}}
-
+from tests.support.tool_cases import ALLOWED_FAILURES, ASKED, OFFERED, Case
 
 TOOLS = [
-    tool("get_weather", "Get the weather in a city", city={"type": "string"}),
-    tool("add", "Add two numbers", a={"type": "integer"}, b={"type": "integer"}),
+    {"type": "function", "function": {"name": name, "description": about, "parameters": schema}}
+    for name, about, schema in OFFERED
 ]
-# What is asked, the call that it means, what the tool says, and what the answer must then say.
-ASKED = [
-    ("What is the weather in Rome?", "get_weather", {"city": "Rome"}, {"temperature": 17}, "17"),
-    ("What is the weather in Oslo?", "get_weather", {"city": "Oslo"}, {"condition": "snow"}, "snow"),
-    ("What is the weather in Lima?", "get_weather", {"city": "Lima"}, {"temperature": 24}, "24"),
-    ("What is 14 plus 27?", "add", {"a": 14, "b": 27}, {"sum": 41}, "41"),
-    ("Add 8 and 35.", "add", {"a": 8, "b": 35}, {"sum": 43}, "43"),
-    ("What is 61 + 12?", "add", {"a": 61, "b": 12}, {"sum": 73}, "73"),
-]
-ALLOWED_FAILURES = 1
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +39,19 @@ def complete(client: openai.OpenAI, messages: list[Any], *, stream: bool, **fiel
     return state.get_final_completion().choices[0].message
 
 
-def problem(client: openai.OpenAI, case: tuple[str, str, dict[str, object], dict[str, object], str], **how: Any) -> str:
+def problem(client: openai.OpenAI, case: Case, **how: Any) -> str:
     """What is wrong with how the model goes about one request; empty when nothing is."""
-    question, name, arguments, result, said = case
-    messages: list[Any] = [{"role": "user", "content": question}]
+    messages: list[Any] = [{"role": "user", "content": case.question}]
     message = complete(client, messages, **how)
     calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls or ()]
-    if calls != [(name, arguments)]:
-        return f"{question}: called {calls}, said {message.content!r}"
+    if calls != [(case.name, case.arguments)]:
+        return f"{case.question}: called {calls}, said {message.content!r}"
     messages += [
         message.model_dump(exclude_none=True),
-        {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": json.dumps(result)},
+        {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": json.dumps(case.result)},
     ]
     answer = complete(client, messages, **how)
-    return "" if said in (answer.content or "") else f"{question}: answered {answer.content!r} to {result}"
+    return "" if case.said in (answer.content or "") else f"{case.question}: answered {answer.content!r}"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +69,7 @@ def test_the_tool_is_called_and_its_result_used(client: openai.OpenAI, how: dict
 
 
 def test_thinking_comes_before_the_call_and_apart_from_it(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": ASKED[0][0]}]
+    messages = [{"role": "user", "content": ASKED[0].question}]
     message = complete(client, messages, stream=True, reasoning_effort="low")
     assert message.model_extra["reasoning_content"]
     assert not message.content
@@ -110,5 +83,5 @@ def test_no_tool_is_called_where_none_is_meant(client: openai.OpenAI) -> None:
 
 
 def test_a_tool_that_is_not_to_be_called_is_not(client: openai.OpenAI) -> None:
-    message = complete(client, [{"role": "user", "content": ASKED[0][0]}], stream=False, tool_choice="none")
+    message = complete(client, [{"role": "user", "content": ASKED[0].question}], stream=False, tool_choice="none")
     assert message.tool_calls is None
