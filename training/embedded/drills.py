@@ -44,7 +44,36 @@ def numbers_again(_world: World, rng: random.Random, size: int) -> str:
     return row + "".join("\n" + mark(row) for _ in range(again))
 
 
-DRILLS: tuple[tuple[Exercise, float], ...] = ((echo, 0.45), (pairs_again, 0.4), (numbers_again, 0.15))
+def respelled(world: World, rng: random.Random, size: int) -> str:
+    """Words in a sentence, and the same words in quotes, in names or on lines, or the other way round.
+
+    A word after a space and a word after a quote are different tokens: to copy from a request into JSON is to spell
+    anew, which takes practice with every token that there is.
+    """
+    parts: list[str] = []
+    while sum(map(len, parts)) < size - 40:
+        words = list(dict.fromkeys(world.pick(rng, "common") for _ in range(rng.randint(2, 8))))
+        if rng.random() < 0.25:
+            words = [word.capitalize() for word in words]
+        spaced, quoted = " ".join(words), ", ".join(f'"{word}"' for word in words)
+        kind = rng.random()
+        if kind < 0.5:
+            parts.append(f"Words: {spaced}\n[{mark(quoted)}]")
+        elif kind < 0.65:
+            parts.append("Words: " + spaced + "".join("\n" + mark(word) for word in words))
+        elif kind < 0.8:
+            parts.append(f"Words: {spaced}\n{mark('_'.join(words))}")
+        else:
+            parts.append(f"[{quoted}]\nWords:{mark(' ' + spaced)}")
+    return "\n".join(parts)
+
+
+DRILLS: tuple[tuple[Exercise, float], ...] = (
+    (echo, 0.25),
+    (pairs_again, 0.2),
+    (numbers_again, 0.05),
+    (respelled, 0.5),
+)
 
 
 def drill(world: World, rng: random.Random, size: int) -> str:

@@ -19,6 +19,11 @@ _ONSETS = (*"bcdfghjklmnprstvwz", "br", "cr", "dr", "fl", "gr", "pl", "qu", "st"
 _NUCLEI = (*"aeiou", "ai", "ea", "oo")
 _CODAS = ("", "", "", "l", "m", "n", "r", "s", "t", "x", "nd", "rk", "st")
 _COINED_HELD_OUT = 5  # one coined word in so many is for evaluation only
+# The lists are short: a model that sees nothing else learns their words by heart instead of copying what it reads, and
+# fails at any other. So in training a word of a list often gives way to any word of the prose, or to a coined one.
+OPENNESS = 0.6
+_CLOSED = frozenset({"days", "months", "weather", "subjects", "spelled", "drinks"})
+_WORD = re.compile(r"[A-Za-z]{3,12}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class World:
     glosses: list[Gloss]
     filler: list[str]
     held_out: bool = False
+    prose: tuple[str, ...] = ()
 
     def coin(self, rng: random.Random) -> str:
         """A word that does not exist, of one split: `travex`, `mondirk`."""
@@ -41,8 +47,13 @@ class World:
                 return word
 
     def pick(self, rng: random.Random, group: str) -> str:
-        """One word of a named list."""
-        return rng.choice(self.words[group])
+        """One word of a named list, or in training often another in its place, written alike."""
+        word = rng.choice(self.words[group])
+        if not self.prose or group in _CLOSED or rng.random() >= OPENNESS:
+            return word
+        other = rng.choice(self.prose) if rng.random() < 0.7 else self.coin(rng)
+        other += "s" if group == "foods" and not other.endswith("s") else ""
+        return other.capitalize() if word[0].isupper() else other
 
     def fill(self, rng: random.Random, characters: int) -> str:
         """About that many characters of consecutive prose, cut at a sentence."""
@@ -106,6 +117,14 @@ def word_lists(glosses: list[Gloss], held_out: bool) -> dict[str, list[str]]:
     return {name: [w for w in group if w.lower() not in withheld] for name, group in words.items()}
 
 
+def prose_words(texts: list[str]) -> tuple[str, ...]:
+    """The words of some texts in lower case, but for those that are kept for evaluation, and their plurals."""
+    kept = {word.lower() for group in _lists(Path(__file__).parent / "held_out.toml").values() for word in group}
+    kept |= {f"{word}s" for word in kept}
+    found = {word.lower() for text in texts for word in _WORD.findall(text)}
+    return tuple(sorted(found - kept))
+
+
 def load_world(work: Path, held_out: bool) -> World:
     """Reads the lists beside this file, and glosses and filler from the work folder."""
     here = Path(__file__).parent
@@ -114,4 +133,5 @@ def load_world(work: Path, held_out: bool) -> World:
     glosses = [Gloss(**json.loads(line)) for line in (work / "glosses.jsonl").read_text().splitlines()]
     documents = [json.loads(line) for line in (work / "docs.jsonl").read_text().splitlines()]
     filler = _sentences([d["text"] for d in documents if d["held_out"] == held_out])
-    return World(word_lists(glosses, held_out), knowledge, intents, glosses, filler, held_out)
+    prose = () if held_out else prose_words(filler)
+    return World(word_lists(glosses, held_out), knowledge, intents, glosses, filler, held_out, prose)

@@ -19,11 +19,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from training.embedded import chat_calls, chat_data, chat_passages, chat_recall, chat_tools, mixture, probes
 from training.embedded.chat_render import Renderer
+from training.embedded.drills import respelled
 from training.embedded.extract import Gloss
 from training.embedded.pools import DOCS, Packer, Pool, parse_marks, read_pool, write_pool
 from training.embedded.recall import key_values, rows_again
 from training.embedded.tokenizer import SPECIAL, TAGS
-from training.embedded.world import MARK_CLOSE, MARK_OPEN, World, word_lists
+from training.embedded.world import MARK_CLOSE, MARK_OPEN, World, prose_words, word_lists
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = [
@@ -46,7 +47,8 @@ def world(held_out: bool = False) -> World:
     folder = ROOT / "training" / "embedded"
     knowledge = read_toml(folder / "knowledge.toml")
     intents = read_toml(folder / "smalltalk.toml")["intent"]
-    return World(word_lists(glosses, held_out), knowledge, intents, glosses, SENTENCES, held_out)
+    prose = () if held_out else prose_words([*SENTENCES, *WORDS])
+    return World(word_lists(glosses, held_out), knowledge, intents, glosses, SENTENCES, held_out, prose)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -93,6 +95,27 @@ def test_coined_words_are_of_one_split() -> None:
     ours, theirs = ({world(held).coin(rng) for _ in range(3000)} for held in (False, True))
     assert len(ours) > 1000
     assert not ours & theirs
+
+
+def test_open_lists_give_any_word_of_the_prose_but_those_of_evaluation() -> None:
+    assert prose_words(["Two Cottages stand by a wheelbarrow, quietly."]) == ("quietly", "stand", "two")
+    rng = random.Random(1)
+    drawn = {world().pick(rng, "cities") for _ in range(2000)}
+    assert {word.capitalize() for word in world().prose} <= drawn
+    assert set(world().words["cities"]) <= drawn
+    assert all(word[0].isupper() for word in drawn)
+    assert {world().pick(rng, "days") for _ in range(200)} == set(world().words["days"])
+    held_out = world(held_out=True)
+    assert {held_out.pick(rng, "cities") for _ in range(500)} == set(held_out.words["cities"])
+
+
+def test_words_are_spelled_anew_in_quotes_names_and_lines() -> None:
+    rng = random.Random(2)
+    for _ in range(40):
+        text = respelled(world(), rng, 300)
+        for found in re.finditer(f"{MARK_OPEN}(.*?){MARK_CLOSE}", text):
+            before = set(re.findall("[A-Za-z]+", text[: found.start()]))
+            assert set(re.findall("[A-Za-z]+", found.group())) <= before, text
 
 
 @pytest.mark.parametrize("kind", sorted(mixture.KINDS))
@@ -214,7 +237,7 @@ def test_plain_exercises_ask_for_what_stands_before(make: Any) -> None:
 def test_the_longest_exercises_fit_their_context_and_ask_often() -> None:
     rng = random.Random(4)
     made = [chat_recall.table_talk(world(), rng, 1000) for _ in range(30)]
-    assert sum(sum(m["role"] == "assistant" for m in one) for one in made) > 30 * 6
+    assert sum(sum(m["role"] == "assistant" for m in one) for one in made) > 30 * 5
 
 
 def test_a_pool_leaves_out_what_is_too_long(tmp_path: Path) -> None:
