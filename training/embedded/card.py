@@ -17,11 +17,13 @@ _BY_LENGTH = {
     "copying": "copying 13 random words after a cue of 3",
 }
 _SKILLS = {
-    "passage": "question that a passage of 2 to 8 sentences answers",
+    "passage": "question that a passage of 2 to 8 sentences answers, unseen subjects and values",
+    "passage_new": "the same of relations made up for the probe",
     "passage_false_refusals": "of these, refused",
     "passage_missing": "question that it does not answer: the refusal",
     "passage_thinking": "answered after a thought",
-    "tool_call": "call of one of 1 to 3 tools: the whole call",
+    "tool_call": "call of an everyday tool, one of 1 to 3 that are offered: the whole call, unseen values",
+    "tool_call_new": "the same of a tool made up for the probe",
     "tool_call_thinking": "the same after a thought",
     "tool_answer": "final answer, word for word",
     "tool_answer_uses_result": "final answer tells every value of the result",

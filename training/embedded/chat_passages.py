@@ -183,9 +183,9 @@ def open_kind(world: World, rng: random.Random) -> Kind:
     return Kind(rng.choice(["PERSON", "COMPANY", "THING", "PROJECT", "SHIP"]), tuple(facts))
 
 
-def passage(world: World, rng: random.Random, sentences: int) -> Passage:
-    """A passage of about so many sentences about subjects of one kind."""
-    kind = rng.choice(kinds()) if rng.random() < 0.85 else open_kind(world, rng)
+def passage(world: World, rng: random.Random, sentences: int, kind: Kind | None = None) -> Passage:
+    """A passage of about so many sentences about subjects of one kind, most often one of `passages.toml`."""
+    kind = kind or (rng.choice(kinds()) if rng.random() < 0.85 else open_kind(world, rng))
     count = rng.choice([1, 1, 2, 2, 3, 4]) if sentences > 2 else 1
     subjects: dict[str, None] = {}
     while len(subjects) < count:

@@ -72,7 +72,7 @@ def uses_result(world: World, tokenizer: Tokenizer, logits: probes.Logits, speak
     rng, renderer = random.Random(SEED), Renderer()
     cases: list[probes.Called] = []
     while len(cases) < count:
-        case = probes.called(world, rng)
+        case = probes.called(world, rng, new=rng.random() < 0.5)
         if case.values:
             cases.append(case)
     made = [_positions(tokenizer, probes.last_turn(renderer, c.talk.messages, c.talk.tools())) for c in cases]

@@ -108,10 +108,17 @@ def _turn(question: str, answer: str) -> list[Message]:
 
 
 def _about_passage(
-    world: World, rng: random.Random, renderer: Renderer, *, missing: bool = False, thinking: bool = False
+    world: World,
+    rng: random.Random,
+    renderer: Renderer,
+    *,
+    missing: bool = False,
+    thinking: bool = False,
+    new: bool = False,
 ) -> str:
-    """A passage of two to eight sentences in the first message and one question about it."""
-    given = chat_passages.passage(world, rng, rng.randint(2, 8))
+    """A passage of two to eight sentences in the first message and one question about it; ``new``: of new relations."""
+    kind = chat_passages.open_kind(world, rng) if new else rng.choice(chat_passages.kinds())
+    given = chat_passages.passage(world, rng, rng.randint(2, 8), kind)
     told = rng.choice(given.told)
     reason = f"The passage says: {told.sentence}"
     question, answer = given.question(rng, told), told.value
@@ -127,8 +134,13 @@ def _about_passage(
 
 
 def passage(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
-    """A question that a passage answers."""
+    """A question that a passage answers: known relations between unseen subjects and values."""
     return _about_passage(world, rng, renderer)
+
+
+def passage_new(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
+    """The same of relations that were made up for the probe."""
+    return _about_passage(world, rng, renderer, new=True)
 
 
 def passage_missing(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
@@ -149,11 +161,14 @@ class Called:
     values: tuple[str, ...]
 
 
-def called(world: World, rng: random.Random) -> Called:
-    """One to three tools, a request, its call, its result and the answer."""
-    kinds = chat_calls.offered(world, rng, rng.randint(1, 3))
+def called(world: World, rng: random.Random, *, new: bool = False) -> Called:
+    """One to three tools, a request, its call, its result and the answer; ``new``: the tool asked for is a new one."""
+    fitting: list[chat_tools.Kind] = []
+    while not fitting:
+        kinds = chat_calls.offered(world, rng, rng.randint(1, 3))
+        fitting = [kind for kind in kinds if kind.pattern != new]
     talk = chat_calls.Talk(kinds, thinking=True)
-    asked = chat_tools.request(world, rng, rng.choice(kinds))
+    asked = chat_tools.request(world, rng, rng.choice(fitting))
     found = chat_tools.outcome(world, rng, asked)
     talk.user(asked.text)
     talk.call(asked)
@@ -162,14 +177,21 @@ def called(world: World, rng: random.Random) -> Called:
     return Called(talk, found.values)
 
 
-def _tool_turn(world: World, rng: random.Random, renderer: Renderer, turns: int, *, thinking: bool = False) -> str:
-    talk = called(world, rng).talk
+def _tool_turn(
+    world: World, rng: random.Random, renderer: Renderer, turns: int, *, thinking: bool = False, new: bool = False
+) -> str:
+    talk = called(world, rng, new=new).talk
     return last_turn(renderer, talk.messages[:turns], talk.tools(), thinking=thinking)
 
 
 def tool_call(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
-    """A request that one of a few tools answers: the whole call, as JSON."""
+    """A request that one of a few tools answers, an everyday one: the whole call, as JSON, with unseen values."""
     return _tool_turn(world, rng, renderer, 2)
+
+
+def tool_call_new(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
+    """The same of a tool that was made up for the probe: its name, parameters and purpose are unseen too."""
+    return _tool_turn(world, rng, renderer, 2, new=True)
 
 
 def tool_call_thinking(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
@@ -209,9 +231,11 @@ PROBES: dict[str, Probe] = {
 # Of their own length, which is under 512 tokens.
 SKILLS: dict[str, Probe] = {
     "passage": passage,
+    "passage_new": passage_new,
     "passage_missing": passage_missing,
     "passage_thinking": passage_thinking,
     "tool_call": tool_call,
+    "tool_call_new": tool_call_new,
     "tool_call_thinking": tool_call_thinking,
     "tool_answer": tool_answer,
     "tool_second": tool_second,
@@ -292,7 +316,10 @@ def ask(
 def quick(world: World, tokenizer: Tokenizer, logits: Logits, count: int = 12, seed: int = 7) -> dict[str, float]:
     """A few probes of each kind, for a run's report: shares of exact answers, and of right tokens."""
     asked = [(f"{name}@{length}", PROBES[name], length) for name, length in _QUICK]
-    asked += [(name, SKILLS[name], 512) for name in ("passage", "passage_missing", "tool_call", "tool_answer")]
+    asked += [
+        (name, SKILLS[name], 512)
+        for name in ("passage", "passage_missing", "tool_call", "tool_call_new", "tool_answer")
+    ]
     found = {}
     for name, probe, length in asked:
         answered = ask(probe, world, tokenizer, logits, length, count, seed)
