@@ -346,6 +346,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 1.5}, "temperature"),
     ({"stop_sequences": [""]}, "stop_sequences"),
     ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
+    ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "tools[0].input_schema"),
+    ({"system": [{"text": "a"}]}, "system[0]"),
     ({"tools": [{"type": "web_search_20250305", "name": "web"}]}, "tools[0]"),
     ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),

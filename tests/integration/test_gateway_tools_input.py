@@ -194,6 +194,7 @@ BAD = [
     ({"tools": [tool(name="")]}, "invalid_input", "tools[0].function.name"),
     ({"tools": [tool(name="x" * 129)]}, "invalid_input", "tools[0].function.name"),
     ({"tools": [tool(parameters=[])]}, "invalid_input", "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"type": "array"})]}, "invalid_input", "tools[0].function.parameters"),
     ({"tools": [tool(parameters="{}")]}, "invalid_input", "tools[0].function.parameters"),
     ({"tools": [CITY, tool(parameters=nested(33))]}, "too_large", "tools[1].function.parameters"),
     ({"tools": [tool(parameters=LONG)]}, "too_large", "tools[0].function.parameters"),

@@ -181,6 +181,9 @@ def _refine(schemas: Json) -> None:
     completion["anyOf"] = [no_echo, {"properties": {"logprobs": {"type": "null"}}}]
     no_top = {"properties": {"top_logprobs": {"enum": [0, None]}}}
     schemas["ChatRequest"]["anyOf"] = [no_top, {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]}]
+    arguments = {"type": "object", "properties": {"type": {"const": "object"}}}
+    schemas["FunctionDefinition"]["properties"]["parameters"]["anyOf"][0] = arguments
+    schemas["ToolIn"]["properties"]["input_schema"] = arguments
     one, other = (
         schemas["TokenizeRequest"]["properties"]["prompt"],
         schemas["TokenizeRequest"]["properties"]["messages"],

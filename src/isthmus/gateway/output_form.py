@@ -90,6 +90,8 @@ def tool_definition(
 ) -> ToolDefinition:
     """A tool as the prompting plane takes it. `field` names its schema. Raises `InvalidInput`."""
     text = "{}" if schema is None else schema_text(schema, field)
+    if schema is not None and schema.get("type", "object") != "object":
+        raise InvalidInput(f"{field} is of another type than object, which arguments are", field)
     with refusing_as(field):
         return ToolDefinition(name, description or "", text, strict)
 
