@@ -18,7 +18,9 @@ _BY_LENGTH = {
 }
 _SKILLS = {
     "passage": "question that a passage of 2 to 8 sentences answers, unseen subjects and values",
-    "passage_new": "the same of relations made up for the probe",
+    "passage_tells_value": "the answer tells that value and no other of the passage, in whatever words",
+    "passage_new": "question about relations made up for the probe",
+    "passage_new_tells_value": "the answer tells that value and no other",
     "passage_false_refusals": "of these, refused",
     "passage_missing": "question that it does not answer: the refusal",
     "passage_thinking": "answered after a thought",

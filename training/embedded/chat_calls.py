@@ -56,7 +56,7 @@ def offered(world: World, rng: random.Random, count: int) -> list[Kind]:
     """So many tools that cannot be taken for one another: no two share a name, a description or their results."""
     found: list[Kind] = []
     while len(found) < count:
-        kind = offer(rng) if rng.random() < 0.4 else made_up(world, rng)
+        kind = offer(rng) if rng.random() < 0.5 else made_up(world, rng)
         words = set(kind.about.lower().split())
         # Two tools about one city and one person differ; two that do the same to the same do not.
         alike = any(

@@ -1,7 +1,8 @@
 """Passages of a few sentences and questions about them; what a passage lacks is politely refused.
 
-A passage tells facts of one or a few subjects, in several wordings; a question is answered with the value alone,
-as it stands in the passage. Names, values and figures are drawn anew, so nothing can be answered by heart.
+A passage tells facts of one or a few subjects, in several wordings; a question is answered with the sentence that
+tells it. (A bare value would be a leap: which of all the names and numbers? A sentence gets there word by word.) Names,
+values and figures are drawn anew, so nothing can be answered by heart.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Told:
-    """A fact that a passage tells: of which subject, of which kind, which value, and in which sentence."""
+    """A fact that a passage tells: of which subject, of which kind, which value, in which sentence, and the answer."""
 
     subject: str
     fact: int
     value: str
     sentence: str
+    answer: str
 
 
 @functools.cache
@@ -119,9 +121,12 @@ def make(world: World, rng: random.Random, what: str) -> str:
     return _MAKERS[what](world, rng) if what in _MAKERS else world.pick(rng, what)
 
 
-def _sentence(rng: random.Random, fact: dict[str, Any], subject: str, value: str) -> str:
-    text = str(rng.choice(fact["tell"])).format(e=subject, v=value)
-    return text[0].upper() + text[1:]
+def _told(rng: random.Random, fact: dict[str, Any], subject: str, value: str) -> tuple[str, str]:
+    """A fact in one of its wordings, and as an answer: the same, or the first wording if that begins with the value."""
+    wording = str(rng.choice(fact["tell"]))
+    plain = wording if wording.index("{e}") < wording.index("{v}") else str(fact["tell"][0])
+    sentence, answer = (capital(_articles(text.format(e=subject, v=value))) for text in (wording, plain))
+    return sentence, answer
 
 
 def _articles(text: str) -> str:
@@ -199,7 +204,7 @@ def passage(world: World, rng: random.Random, sentences: int, kind: Kind | None 
         facts = rng.sample(range(len(kind.facts)), min(max(1, len(kind.facts) - 2), max(1, round(sentences / count))))
         for at in facts:
             value = make(world, rng, kind.facts[at]["values"])
-            told.append(Told(subject, at, value, _articles(_sentence(rng, kind.facts[at], subject, value))))
+            told.append(Told(subject, at, value, *_told(rng, kind.facts[at], subject, value)))
     if rng.random() < 0.4:
         rng.shuffle(told)
     return Passage(_written(rng, told), tuple(told), kind)
@@ -245,7 +250,7 @@ def turns_about(world: World, rng: random.Random, given: Passage, most: int) -> 
     """Questions, answers and the reasons for them, in any order; a quarter of them cannot be answered."""
     found = []
     for told in rng.sample(given.told, min(most, len(given.told))):
-        found.append((given.question(rng, told), told.value, f"The passage says: {told.sentence}"))
+        found.append((given.question(rng, told), told.answer, f"The passage tells of {told.subject}."))
         if rng.random() < 0.33:
             found.append((missing(world, rng, given), REFUSAL, "The passage does not say it."))
     rng.shuffle(found)

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ def uses_result(world: World, tokenizer: Tokenizer, logits: probes.Logits, speak
     return right / count
 
 
+def answers_passage(
+    world: World, tokenizer: Tokenizer, logits: probes.Logits, speak: Speak, count: int, *, new: bool
+) -> float:
+    """The share of answers that tell the value asked for, and none of the passage's others, however they are worded.
+
+    An answer that is exact is one of them; only the others are generated.
+    """
+    rng, renderer, right = random.Random(SEED), Renderer(), 0
+    cases = [probes.asked(world, rng, new=new) for _ in range(count)]
+    made = [_positions(tokenizer, probes.last_turn(renderer, case.messages)) for case in cases]
+    for case, (ids, answer), best in zip(cases, made, probes.hits(made, logits), strict=True):
+        exact = best == [ids[position] for position in answer]
+        said = "" if exact else speak(case.messages[:-1], [])
+        right += exact or (_tells(said, case.value) and not any(_tells(said, other) for other in case.others))
+    return right / count
+
+
+def _tells(said: str, value: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said) is not None
+
+
 def two_tools(world: World, tokenizer: Tokenizer, logits: probes.Logits, count: int) -> float:
     """The share of conversations with two dependent tools in which all three turns of the assistant are exact.
 
@@ -125,6 +147,8 @@ def figures(folder: Path, model: Network, work: Path, pools: str, count: int) ->
         if name == "passage":
             found["passage_false_refusals"] = answered.refused
         print(name, answered, flush=True)
+    found["passage_tells_value"] = answers_passage(world, tokenizer, logits, speak, count, new=False)
+    found["passage_new_tells_value"] = answers_passage(world, tokenizer, logits, speak, count, new=True)
     found["tool_answer_uses_result"] = uses_result(world, tokenizer, logits, speak, count)
     found["two_tools"] = two_tools(world, tokenizer, logits, count)
     return found

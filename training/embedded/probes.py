@@ -107,21 +107,21 @@ def _turn(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _about_passage(
-    world: World,
-    rng: random.Random,
-    renderer: Renderer,
-    *,
-    missing: bool = False,
-    thinking: bool = False,
-    new: bool = False,
-) -> str:
-    """A passage of two to eight sentences in the first message and one question about it; ``new``: of new relations."""
+@dataclass(frozen=True)
+class Asked:
+    """A conversation about a passage up to the answer, the value asked for, and the passage's other values."""
+
+    messages: list[Message]
+    value: str
+    others: frozenset[str]
+
+
+def asked(world: World, rng: random.Random, *, missing: bool = False, new: bool = False) -> Asked:
+    """A passage of two to eight sentences and one question about it; ``new``: of relations made up for it."""
     kind = chat_passages.open_kind(world, rng) if new else rng.choice(chat_passages.kinds())
     given = chat_passages.passage(world, rng, rng.randint(2, 8), kind)
     told = rng.choice(given.told)
-    reason = f"The passage says: {told.sentence}"
-    question, answer = given.question(rng, told), told.value
+    question, answer, reason = given.question(rng, told), told.answer, f"The passage tells of {told.subject}."
     if missing:
         question, answer = chat_passages.missing(world, rng, given), chat_passages.REFUSAL
         reason = "The passage does not say it."
@@ -130,27 +130,27 @@ def _about_passage(
         system: Message = {"role": "system", "content": f"Answer from the passage.\n{given.text}"}
         messages = [system, *_turn(question, answer)]
     messages[-1]["reasoning_content"] = reason
-    return last_turn(renderer, messages, thinking=thinking)
+    return Asked(messages, told.value, frozenset(one.value for one in given.told) - {told.value})
 
 
 def passage(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
     """A question that a passage answers: known relations between unseen subjects and values."""
-    return _about_passage(world, rng, renderer)
+    return last_turn(renderer, asked(world, rng).messages)
 
 
 def passage_new(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
     """The same of relations that were made up for the probe."""
-    return _about_passage(world, rng, renderer, new=True)
+    return last_turn(renderer, asked(world, rng, new=True).messages)
 
 
 def passage_missing(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
     """A question that a passage does not answer."""
-    return _about_passage(world, rng, renderer, missing=True)
+    return last_turn(renderer, asked(world, rng, missing=True).messages)
 
 
 def passage_thinking(world: World, rng: random.Random, renderer: Renderer, _filler: int) -> str:
-    """A question that a passage answers, the sentence found first in a thought."""
-    return _about_passage(world, rng, renderer, thinking=True)
+    """A question that a passage answers, after a thought."""
+    return last_turn(renderer, asked(world, rng).messages, thinking=True)
 
 
 @dataclass(frozen=True)

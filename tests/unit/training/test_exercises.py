@@ -202,13 +202,14 @@ def test_a_passage_holds_the_answers_and_lacks_what_is_refused() -> None:
     rng = random.Random(6)
     for _ in range(200):
         given = chat_passages.passage(world(), rng, rng.randint(2, 8))
-        told = {(t.subject, t.fact): t.value for t in given.told}
+        told = {(t.subject, t.fact): t.answer for t in given.told}
         assert len(told) == len(given.told)
-        assert all(value in given.text for value in told.values())
+        assert all(t.value in given.text and t.value in t.answer for t in given.told)
+        assert all(t.subject.lower() in t.answer.lower() for t in given.told)
         answered = {q: a for q, a, _ in chat_passages.turns_about(world(), rng, given, 12)}
         known = {
-            chat_passages.capital(ask.format(e=subject)): value
-            for (subject, fact), value in told.items()
+            chat_passages.capital(ask.format(e=subject)): answer
+            for (subject, fact), answer in told.items()
             for ask in given.kind.facts[fact]["ask"]
         }
         for question, answer in answered.items():
