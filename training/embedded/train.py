@@ -4,9 +4,6 @@ The rate warms up, holds, and falls to nothing either by a number of steps
 (``--steps``: the run can be repeated exactly) or by a time of day (``--until``:
 as many steps as the machine can do). A batch is a function of the seed and the
 step alone, so a resumed run sees exactly what it would have seen.
-
-Several processes share the rows of a step under torchrun, which on a CPU is faster than as many threads
-(``torchrun --nproc-per-node 2 -m training.embedded.train --threads 1 ...``); the first one saves and reports.
 """
 
 from __future__ import annotations
@@ -28,7 +25,6 @@ from training.embedded.inherit import inherit
 from training.embedded.losses import Objective, choose
 from training.embedded.models import KINDS, build
 from training.embedded.optim import Optimizer
-from training.embedded.parallel import Group
 from training.embedded.pools import DOCS, Packer, read_pool
 from training.embedded.schedule import Stage, hold_and_fall, read_stages, seconds_until, stage_at
 from training.embedded.world import World, load_world
@@ -74,7 +70,6 @@ class Trainer:
         self.tokenizer = Tokenizer.from_file(str(options.work / "tokenizer" / "tokenizer.json"))
         self.stages = read_stages(options.recipe)
         self.stopping = False
-        self.group = Group()
         self._objective = Objective(self.model, compiled=not options.no_compile)
         self._packers: dict[Stage, Packer] = {}
         self._world: World | None = None
@@ -99,16 +94,12 @@ class Trainer:
         checkpoint.save(self.folder, self.model.state_dict(), self.optimizer.state(), self.progress)
 
     def factor(self) -> float:
-        """The schedule's factor for the next step; 0 ends the run, as does a signal."""
+        """The schedule's factor for the next step; 0 ends the run."""
         step = self.progress["step"]
-        if self.stopping:
-            factor = 0.0
-        elif self.options.until:
+        if self.options.until:
             left = seconds_until(self.options.until, dt.datetime.now(dt.UTC))
-            factor = hold_and_fall(step, left, self.options.fall_minutes * 60)
-        else:
-            factor = hold_and_fall(step, self.options.steps - step, self.options.fall * self.options.steps)
-        return self.group.from_first(factor)
+            return hold_and_fall(step, left, self.options.fall_minutes * 60)
+        return hold_and_fall(step, self.options.steps - step, self.options.fall * self.options.steps)
 
     def packer(self, stage: Stage) -> Packer:
         """The source of batches for a stage."""
@@ -124,19 +115,16 @@ class Trainer:
         """One step; returns the loss."""
         number, stage = self.progress["step"], stage_at(self.stages, self.progress["step"])
         rows = max(1, (stage.tokens or self.options.batch_tokens) // stage.length)
-        whole = self.packer(stage).batch(number, rows, stage.length)
-        inputs, targets, weights = (self.group.share(part) for part in whole)
-        seed = [self.options.seed, number, 1 + self.group.rank]
-        positions, chosen = choose(weights, stage.focus or self.options.focus, seed)
+        inputs, targets, weights = self.packer(stage).batch(number, rows, stage.length)
+        positions, chosen = choose(weights, stage.focus or self.options.focus, [self.options.seed, number, 1])
         batch = (torch.from_numpy(a).to(self.options.device) for a in (inputs, targets, positions, chosen))
         with torch.autocast(self.options.device, torch.bfloat16):
             loss: Tensor = self._objective(*batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.group.average(self.model)
         self.optimizer.step(number, factor)
         self.model.zero_grad(set_to_none=True)
         self.progress["step"] += 1
-        self.progress["tokens"] += whole[0].size
+        self.progress["tokens"] += inputs.size
         return float(loss.detach())
 
     def probe(self) -> dict[str, float]:
@@ -182,12 +170,10 @@ def train(trainer: Trainer) -> None:
     """Runs to the end of the schedule or to a signal, saving as it goes."""
     options, losses, since, before = trainer.options, [], time.monotonic(), trainer.progress["tokens"]
     cpu_before = time.process_time() - trainer.progress["cpu_seconds"]
-    while (factor := trainer.factor()) > 0:
+    while not trainer.stopping and (factor := trainer.factor()) > 0:
         losses.append(trainer.step(factor))
         step = trainer.progress["step"]
         trainer.progress["cpu_seconds"] = round(time.process_time() - cpu_before, 1)
-        if not trainer.group.first:
-            continue
         if step % 20 == 0:
             _report(trainer, losses, trainer.progress["tokens"] - before, time.monotonic() - since, factor)
             losses, since, before = [], time.monotonic(), trainer.progress["tokens"]
@@ -199,8 +185,7 @@ def train(trainer: Trainer) -> None:
                 out.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
             losses, since, before = [], time.monotonic(), trainer.progress["tokens"]
-    if trainer.group.first:
-        trainer.save()
+    trainer.save()
 
 
 def main() -> None:
@@ -211,8 +196,7 @@ def main() -> None:
     trainer.resume()
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     shape = dataclasses.asdict(trainer.model.config)
-    if trainer.group.first:
-        (trainer.folder / "settings.json").write_text(json.dumps({**settings, "model": shape}, indent=2) + "\n")
+    (trainer.folder / "settings.json").write_text(json.dumps({**settings, "model": shape}, indent=2) + "\n")
     _stop_on_signal(trainer)
     train(trainer)
 

@@ -1,14 +1,13 @@
 """The training scripts: checkpoints resume exactly, the loss falls, schedules end at zero, exports are whole."""
 
 import json
-import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from training.embedded import checkpoint, schedule
 from training.embedded.acceptance import accepted, measure
@@ -19,7 +18,6 @@ from training.embedded.losses import Objective, choose
 from training.embedded.model import ModelConfig
 from training.embedded.models import KINDS, Network, build, load_exported, published
 from training.embedded.optim import Optimizer
-from training.embedded.parallel import Group
 from training.embedded.schedule import hold_and_fall, read_stages, stage_at
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -74,33 +72,6 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config: ModelConfig | Hy
     run(resumed, resumed_optimizer, progress["step"], 6)
     for name, tensor in whole.named_parameters():
         assert torch.equal(tensor, dict(resumed.named_parameters())[name]), name
-
-
-def _half_a_batch(rank: int, folder: str, batch: np.ndarray) -> None:
-    """One of two processes: the gradients of its rows, averaged with the other's."""
-    os.environ.update(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    group, (model, _) = Group(), fresh()
-    tokens = torch.from_numpy(group.share(batch))
-    Objective(model, compiled=False)(tokens[:, :-1], tokens[:, 1:], torch.arange(32), torch.ones(32)).backward()
-    group.average(model)
-    told = group.from_first(float(rank + 7))
-    if rank == 1:
-        assert told == 7
-        save_file({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{folder}/gradients")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
-    batch = np.random.default_rng(1).integers(0, 64, (4, 17))
-    torch.multiprocessing.spawn(_half_a_batch, (str(tmp_path), batch), nprocs=2)
-    model, _ = fresh()
-    tokens = torch.from_numpy(batch)
-    Objective(model, compiled=False)(tokens[:, :-1], tokens[:, 1:], torch.arange(64), torch.ones(64)).backward()
-    found = load_file(str(tmp_path / "gradients"))
-    for name, weight in model.named_parameters():
-        assert weight.grad is not None
-        assert torch.allclose(weight.grad, found[name], atol=1e-6), name
 
 
 @CONFIGS
