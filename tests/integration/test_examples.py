@@ -40,5 +40,5 @@ def test_the_passage_is_answered_from_reused_and_its_gaps_are_said(served: Serve
     answers = [line.removeprefix("assistant: ") for line in run(served, "passage.py") if line.startswith("assistant")]
     said = [answer.partition("    (")[0] for answer in answers]
     cached = [int(answer.rpartition(", ")[2].partition(" cached")[0]) for answer in answers]
-    assert said == ["Porto", "teacher", "The passage does not say."]
+    assert said == ["Porto", "teacher", "I cannot find that in the passage."]
     assert all(later >= 32 for later in cached[1:])

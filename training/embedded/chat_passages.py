@@ -20,7 +20,8 @@ from training.embedded.chat_render import Message, Renderer
 from training.embedded.recall import digits
 from training.embedded.world import World
 
-REFUSAL = "The passage does not say."
+# It begins like no answer does: to refuse is one choice, made at the first token.
+REFUSAL = "I cannot find that in the passage."
 _INSTRUCTIONS = (
     "Answer from the passage.",
     "Answer the questions with the passage.",

@@ -8,13 +8,19 @@
 #   PYTHON   the interpreter                                        (python3)
 #   WORK     the work folder                                        (build/embedded)
 #   DATA     where the models' folders go                           (src/isthmus/data)
+#   OUT      where the evaluation goes                              (benchmarks/results/embedded_model.json)
 #   THREADS  threads of computation                                 (2)
-#   FIRST, MAIN, HYBRID, DRAFT   steps of the four runs; the shipped weights had those below, more is better
+#   MEGABYTES  text of exercises per kind and size                   (6)
+#   COUNT    probes of each kind in the evaluation                   (100)
+#   FIRST, MAIN, HYBRID, DRAFT   steps of the four runs; the shipped weights had about those below, more is better
 set -eu
 PYTHON=${PYTHON:-python3}
 WORK=${WORK:-build/embedded}
 DATA=${DATA:-src/isthmus/data}
+OUT=${OUT:-benchmarks/results/embedded_model.json}
 THREADS=${THREADS:-2}
+MEGABYTES=${MEGABYTES:-6}
+COUNT=${COUNT:-100}
 FIRST=${FIRST:-2131}
 MAIN=${MAIN:-2730}
 HYBRID=${HYBRID:-1615}
@@ -32,7 +38,7 @@ run() {
 
 [ -f "$WORK/glosses.jsonl" ] || run fetch
 [ -f "$WORK/tokenizer/tokenizer.json" ] || run tokenizer
-[ -f "$WORK/pools/drill-far.starts.npy" ] || run mixture --megabytes 6
+[ -f "$WORK/pools/drill-far.starts.npy" ] || run mixture --megabytes "$MEGABYTES"
 
 # The main model: the first edition from nothing, the second from the first's weights with a fresh optimiser.
 run train --model main --run run-first --recipe "$HERE/recipe-first.toml" --steps "$FIRST" --threads "$THREADS"
@@ -48,6 +54,6 @@ run export --model draft --data "$DATA"
 
 for model in main hybrid draft; do
     folder=$([ "$model" = main ] && echo embedded || echo "embedded-$model")
-    run evaluate --model "$model" --folder "$DATA/$folder" --threads "$THREADS"
+    run evaluate --model "$model" --folder "$DATA/$folder" --threads "$THREADS" --count "$COUNT" --out "$OUT"
 done
-run acceptance --data "$DATA"
+run acceptance --data "$DATA" --out "$OUT"

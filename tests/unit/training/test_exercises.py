@@ -314,8 +314,8 @@ def test_a_conversation_s_text_begins_with_that_of_what_came_before(tools: list[
 def test_the_template_writes_tools_calls_results_and_opens_a_thought() -> None:
     text = Renderer().prompt(TALK, [TOOL], thinking=True)
     assert text.startswith(
-        '<|bos|><|system|>Be brief.\nYou may call these tools:\n{"name": "get_weather", "description": '
-        '"The \\"weather\\"", "parameters": {"city": "string: where", "unit": "celsius|fahrenheit?", '
+        '<|bos|><|system|>Be brief.\nYou may call these tools:\n{"description": "The \\"weather\\"", '
+        '"name": "get_weather", "parameters": {"city": "string: where", "unit": "celsius|fahrenheit?", '
         '"days": "integer|null?", "more": "any?"}}<|end|><|user|>'
     )
     call = '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>'
