@@ -1,8 +1,8 @@
 """Passages of a few sentences and questions about them; what a passage lacks is politely refused.
 
-A passage tells facts of one or a few subjects, in several wordings; a question is answered with the sentence that
-tells it. (A bare value would be a leap: which of all the names and numbers? A sentence gets there word by word.) Names,
-values and figures are drawn anew, so nothing can be answered by heart.
+A passage tells facts of one or a few subjects; a question is answered with a sentence that tells the fact, in the
+passage's words or in other ones. (A bare value would be a leap: which of all the names and numbers? A sentence gets
+there word by word.) Names, values and figures are drawn anew, so nothing can be answered by heart.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from training.embedded.world import World
 
 # It begins like no answer does: to refuse is one choice, made at the first token.
 REFUSAL = "I cannot find that in the passage."
+OTHER_WORDS = 0.25  # how often a passage says something in other words than the answer does
 _INSTRUCTIONS = (
     "Answer from the passage.",
     "Answer the questions with the passage.",
@@ -123,10 +124,10 @@ def make(world: World, rng: random.Random, what: str) -> str:
 
 
 def _told(rng: random.Random, fact: dict[str, Any], subject: str, value: str) -> tuple[str, str]:
-    """A fact in one of its wordings, and as an answer: the same, or the first wording if that begins with the value."""
-    wording = str(rng.choice(fact["tell"]))
-    plain = wording if wording.index("{e}") < wording.index("{v}") else str(fact["tell"][0])
-    sentence, answer = (capital(_articles(text.format(e=subject, v=value))) for text in (wording, plain))
+    """A fact as a passage says it, and as an answer does: in the first of its wordings."""
+    first, *others = fact["tell"]
+    wording = rng.choice(others) if others and rng.random() < OTHER_WORDS else first
+    sentence, answer = (capital(_articles(text.format(e=subject, v=value))) for text in (wording, first))
     return sentence, answer
 
 
@@ -173,12 +174,9 @@ def open_kind(world: World, rng: random.Random) -> Kind:
     """A kind whose facts are made up: ``the harvest of project Comet is 914``."""
     facts = []
     for word in dict.fromkeys(world.pick(rng, rng.choice(["common", "objects"])) for _ in range(6)):
-        tell = ["The {r} of {e} is {v}.", "{e} has the {r} {v}.", "For {e}, the {r} is {v}.", "{v} is the {r} of {e}."]
+        tell = ["The {r} of {e} is {v}.", "{e} has the {r} {v}.", "For {e}, the {r} is {v}."]
         ask = ["What is the {r} of {e}?", "Which {r} does {e} have?"]
         values = rng.choice(["NUMBER", "common", "PERSON", "cities", "COINED", "colours", "YEAR"])
-        tell = (
-            tell[:3] if values in ("common", "COINED", "colours") else tell
-        )  # a sentence would change their first letter
         facts.append(
             {
                 "values": values,
