@@ -69,10 +69,10 @@ def respelled(world: World, rng: random.Random, size: int) -> str:
 
 
 DRILLS: tuple[tuple[Exercise, float], ...] = (
-    (echo, 0.25),
-    (pairs_again, 0.2),
+    (echo, 0.15),
+    (pairs_again, 0.1),
     (numbers_again, 0.05),
-    (respelled, 0.5),
+    (respelled, 0.7),
 )
 
 
