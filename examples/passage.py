@@ -1,7 +1,8 @@
 """Questions about a text, answered from it, over Anthropic's API.
 
 The text is the start of the conversation and stays in it, so the server computes it once: from the second question on
-its state is reused (`cached` below). What the text does not say is said so. Run `make serve` first.
+its state is reused (`cached` below). What the text does not say is said so: most often, the model is very small. Run
+`make serve` first.
 """
 
 import argparse
@@ -11,7 +12,13 @@ import anthropic
 from anthropic.types import MessageParam
 
 TEXT = Path(__file__).with_name("harbour.txt")
-QUESTIONS = ("Where does Greta live?", "What is the job of Greta?", "When was Greta born?")
+QUESTIONS = (
+    "Where does Greta Larsen live?",
+    "What is the job of Greta Larsen?",
+    "When was Martin born?",
+    "Which instrument does Martin play?",
+    "Who is Greta Larsen married to?",
+)
 MAX_BYTES = 64 * 1024
 
 

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolPara
 
 WEATHER = {"Oslo": ("snow", -4), "Lisbon": ("sunny", 24), "Prague": ("rain", 11)}
 PRICES = {"lamp": 34, "table": 120, "mirror": 58}
-QUESTIONS = ("What is the weather in Lisbon?", "What is the price of the lamp?")
+QUESTIONS = ("What is the weather in Lisbon?", "What is the price of the table?")
 MAX_ROUNDS = 4
 
 
