@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -50,7 +51,8 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
             self._event({"choices": [{"delta": {"content": piece}} if chat else {"text": piece}]})
         if self.mode == "endless":
             try:
-                while True:
+                # At the pace of a fast model: a flood of output can hold up the terminal's own Ctrl-C for minutes.
+                while not self.gone.wait(0.002):
                     self._event({"choices": [{"delta": {"content": "."}}]})
             except OSError:
                 self.gone.set()
@@ -244,6 +246,7 @@ def test_chat_in_a_terminal_stops_an_answer_and_goes_on(server: type[FakeServer]
     def until(words: bytes) -> None:
         nonlocal seen
         while words not in seen:
+            assert select.select([terminal], [], [], 60)[0], f"{words!r} did not come"
             seen += os.read(terminal, 65536)
         seen = seen.partition(words)[2]
 
