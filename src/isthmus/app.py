@@ -205,6 +205,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         state_bytes=settings.state_memory,
         max_model_len=settings.max_model_len,
         threads=settings.threads,
+        profile=settings.profile_steps,
         scheduler=scheduler,
         grammar=GrammarSettings(
             compile_s=settings.grammar_deadline_s,

@@ -113,6 +113,9 @@ class Settings:
         0, "Engine", "integer", "Tokens guessed a step from repeated text in the request itself; 0 is off.", high=16
     )
     threads: int = _setting(0, "Engine", "integer", "Threads of the engine; 0 for one a core.", high=1024)
+    profile_steps: bool = _setting(
+        False, "Engine", "switch", "Measure where the time of steps goes (`isthmus_step_seconds`; device `cpu` only)."
+    )
     grammar_deadline_s: float = _setting(
         5.0, "Engine", "number", "For the schema or grammar of a constrained output to be compiled.",
         low=0.01, high=3600,

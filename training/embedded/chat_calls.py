@@ -194,7 +194,7 @@ def conversation(world: World, rng: random.Random, room: int) -> Talk:
     moves = (one_call, one_after_another, two_at_once, no_call)
     while True:
         before = len(talk.messages)
-        rng.choices(moves, (0.66, 0.14, 0.05, 0.15))[0](world, rng, talk)
+        rng.choices(moves, (0.64, 0.12, 0.05, 0.19))[0](world, rng, talk)
         left -= sum(tokens_about(m["content"]) + 12 + 16 * len(m.get("tool_calls", ())) for m in talk.messages[before:])
         if left < 90 and any(m["role"] == "assistant" for m in talk.messages):
             return talk

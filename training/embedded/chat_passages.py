@@ -250,7 +250,7 @@ def turns_about(world: World, rng: random.Random, given: Passage, most: int) -> 
     found = []
     for told in rng.sample(given.told, min(most, len(given.told))):
         found.append((given.question(rng, told), told.answer, f"The passage tells of {told.subject}."))
-        if rng.random() < 0.33:
+        if rng.random() < 0.38:
             found.append((missing(world, rng, given), REFUSAL, "The passage does not say it."))
     rng.shuffle(found)
     return list({question: (question, answer, reason) for question, answer, reason in found[:most]}.values())

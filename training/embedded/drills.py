@@ -15,7 +15,7 @@ from training.embedded.world import World, mark
 def echo(world: World, rng: random.Random, size: int) -> str:
     """A row of random words, again and again."""
     joint = rng.choice([" ", " ", ", ", "\n"])
-    row = joint.join(world.pick(rng, "common") for _ in range(rng.randint(3, max(4, min(40, size // 18)))))
+    row = joint.join(world.spelled(rng) for _ in range(rng.randint(3, max(4, min(40, size // 18)))))
     again = max(1, size // (len(row) + 1) - 1)
     return row + "".join("\n" + mark(row) for _ in range(again))
 
@@ -48,20 +48,29 @@ def respelled(world: World, rng: random.Random, size: int) -> str:
     """Words in a sentence, and the same words in quotes, in names or on lines, or the other way round.
 
     A word after a space and a word after a quote are different tokens: to copy from a request into JSON is to spell
-    anew, which takes practice with every token that there is.
+    anew, which takes practice with every token that there is. So most words are entries of the tokenizer.
     """
     parts: list[str] = []
     while sum(map(len, parts)) < size - 40:
-        words = list(dict.fromkeys(world.pick(rng, "common") for _ in range(rng.randint(2, 8))))
+        words = list(dict.fromkeys(world.spelled(rng) for _ in range(rng.randint(2, 8))))
         if rng.random() < 0.25:
             words = [word.capitalize() for word in words]
+        if rng.random() < 0.2:
+            words = [f"{one} {other}" for one, other in zip(words[::2], words[1::2], strict=False)] or words
         spaced, quoted = " ".join(words), ", ".join(f'"{word}"' for word in words)
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.4:
             parts.append(f"Words: {spaced}\n[{mark(quoted)}]")
         elif kind < 0.65:
+            names = [rng.choice(world.words["objects"]) for _ in words]
+            said = "; ".join(f"{name} {word}" for name, word in zip(names, words, strict=True))
+            pairs = ", ".join(
+                f'"{name}": {mark(chr(34) + word + chr(34))}' for name, word in zip(names, words, strict=True)
+            )
+            parts.append(f"With {said}.\n{{{pairs}}}")
+        elif kind < 0.75:
             parts.append("Words: " + spaced + "".join("\n" + mark(word) for word in words))
-        elif kind < 0.8:
+        elif kind < 0.85:
             parts.append(f"Words: {spaced}\n{mark('_'.join(words))}")
         else:
             parts.append(f"[{quoted}]\nWords:{mark(' ' + spaced)}")

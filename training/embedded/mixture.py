@@ -7,6 +7,7 @@ seed, so the pools can always be made again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ _CHARACTERS = 3.4  # of a token, in exercises
 # What passages and tools ask for is a choice among things that stand near, so most of them are short: a long one has
 # fewer choices for its tokens, and its later calls may be copied from the earlier ones.
 BRIEF = 0.85
+_SPACE = "\u0120"  # as byte-level vocabularies write it
 _DOCS_WEIGHTS = (WEIGHT_UNIT // 2, WEIGHT_UNIT // 2)
 
 Make = Callable[[World, random.Random, Renderer, int], str]
@@ -44,7 +46,7 @@ KINDS: dict[str, tuple[Make, tuple[int, int], float]] = {
     "passage": (chat_passages.lesson, (36, 0), 1.4),
     "tools": (chat_calls.lesson, (32, 0), 1.6),
     "recall": (lambda world, rng, _, room: exercise(world, rng, int(room * _CHARACTERS)), (40, 0), 1.0),
-    "drill": (lambda world, rng, _, room: drill(world, rng, int(room * _CHARACTERS * 0.9)), (24, 0), 0.5),
+    "drill": (lambda world, rng, _, room: drill(world, rng, int(room * _CHARACTERS * 0.75)), (24, 0), 0.5),
 }
 
 
@@ -60,6 +62,16 @@ def lessons(
         yield text
 
 
+def with_tokens(world: World, tokenizer: Tokenizer) -> World:
+    """The world with the tokens of letters, three or more: those that begin a word after a space, and the others."""
+    words = [entry.removeprefix(_SPACE) for entry in tokenizer.get_vocab() if entry.startswith(_SPACE)]
+    others = [entry for entry in tokenizer.get_vocab() if entry.islower()]
+    entries, endings = (
+        sorted(w for w in found if len(w) > 2 and w.isascii() and w.isalpha()) for found in (words, others)
+    )
+    return dataclasses.replace(world, entries=tuple(entries), endings=tuple(endings))
+
+
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -71,7 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     work: Path = options.work
     tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
-    pools, world = work / options.pools, load_world(work, held_out=False)
+    pools = work / options.pools
+    world = with_tokens(load_world(work, held_out=False), tokenizer)
     for name, held_out in ((DOCS, False), (f"{DOCS}-held-out", True)):
         if not options.only or DOCS in options.only:
             documents = [json.loads(line) for line in (work / "docs.jsonl").read_text().splitlines()]

@@ -28,7 +28,11 @@ _WORD = re.compile(r"[A-Za-z]{3,12}")
 
 @dataclass(frozen=True)
 class World:
-    """Everything an exercise may mention: of one split, words and documents for training or for evaluation only."""
+    """Everything an exercise may mention: of one split, words and documents for training or for evaluation only.
+
+    ``prose`` is every word of the documents, ``entries`` those that the tokenizer knows as one token after a space and
+    ``endings`` its other tokens of letters (of either split: to spell is not to know); all for training alone.
+    """
 
     words: dict[str, list[str]]
     knowledge: dict[str, Any]
@@ -37,6 +41,8 @@ class World:
     filler: list[str]
     held_out: bool = False
     prose: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
 
     def coin(self, rng: random.Random) -> str:
         """A word that does not exist, of one split: `travex`, `mondirk`."""
@@ -45,6 +51,17 @@ class World:
             word = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(count)) + rng.choice(_CODAS)
             if (zlib.crc32(word.encode()) % _COINED_HELD_OUT == 0) == self.held_out:
                 return word
+
+    def spelled(self, rng: random.Random) -> str:
+        """A word to copy letter by letter: an entry of the tokenizer, at times with an ending, or any other word.
+
+        So no token of letters goes without practice: one that was never to be written would never be.
+        """
+        kind = rng.random()
+        if not self.entries or kind > 0.85:
+            return self.coin(rng) if rng.random() < 0.4 else self.pick(rng, "common")
+        word = rng.choice(self.entries)
+        return word if kind < 0.5 else word.rstrip("s") + rng.choice(self.endings)
 
     def pick(self, rng: random.Random, group: str) -> str:
         """One word of a named list, or in training often another in its place, written alike."""

@@ -80,7 +80,8 @@ class EngineStats(msgspec.Struct, frozen=True):
 
     `states_*` are slots of recurrent state (hybrid models; else 0); `snapshot_hits` counts requests that started from
     another's state snapshot. `constrained` requests, `grammar_refused` of them, restarts of the grammar process, masks
-    it computed and what outputs waited for them (seconds, summed).
+    it computed and what outputs waited for them (seconds, summed). `profile_s`: seconds of steps by part, empty unless
+    the engine profiles itself.
     """
 
     waiting: int = 0
@@ -113,6 +114,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     grammar_restarts: int = 0
     masks_computed: int = 0
     mask_wait_s: float = 0.0
+    profile_s: dict[str, float] = {}
 
 
 class StateInfo(msgspec.Struct, frozen=True):

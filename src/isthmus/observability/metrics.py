@@ -73,6 +73,11 @@ class _EngineCollector(Collector):
         yield self._valued(GaugeMetricFamily("vllm:kv_cache_usage_perc", text, labels=labels), used)
         for name, text, attribute in _COUNTERS:
             yield self._valued(CounterMetricFamily(name, text, labels=labels), getattr(self.stats, attribute))
+        text = "Where the time of steps goes, by part; only with the setting `profile_steps`."
+        parts = CounterMetricFamily("isthmus_step_seconds", text, labels=["model_name", "part"])
+        for part, seconds in self.stats.profile_s.items():
+            parts.add_metric([self._model, part], seconds)
+        yield parts
 
     def _valued(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric([self._model], value)

@@ -1,6 +1,7 @@
 """What the scheduler counts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from isthmus.contracts.events import EngineStats
 from isthmus.execution.inference.pool import BlockPool
@@ -26,6 +27,9 @@ class Counters:
 
     def snapshot(self, waiting: int, running: int, pool: BlockPool, states: RecurrentStates | None) -> EngineStats:
         """The counts together with the state of queue and pools."""
+        counts: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        if states is not None:
+            counts |= states.stats()
         return EngineStats(
             waiting=waiting,
             running=running,
@@ -33,6 +37,5 @@ class Counters:
             blocks_free=pool.free,
             blocks_cached=pool.cached,
             blocks_leased=pool.leased,
-            **{name: getattr(self, name) for name in self.__slots__},
-            **({} if states is None else states.stats()),
+            **counts,
         )

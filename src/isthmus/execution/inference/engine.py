@@ -3,6 +3,8 @@
 No threads, sockets or clock reading besides the injected clock: a process (process.py) or a test drives it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import msgspec
 
 from isthmus.contracts.clock import Clock
@@ -14,6 +16,7 @@ from isthmus.contracts.requests import EngineRequest
 from isthmus.execution.inference.admission import refusal
 from isthmus.execution.inference.batch import Batch, Runner, StepHandle
 from isthmus.execution.inference.grammar.service import Grammars
+from isthmus.execution.inference.profile import SCHEDULE, StepProfile
 from isthmus.execution.inference.scheduler import Scheduler
 from isthmus.execution.inference.settings import SchedulerSettings
 
@@ -35,8 +38,14 @@ class EngineCore:
     """Requests in, outputs out, one step at a time. At most one step is under way."""
 
     def __init__(
-        self, runner: Runner, settings: SchedulerSettings, clock: Clock, grammars: Grammars | None = None
+        self,
+        runner: Runner,
+        settings: SchedulerSettings,
+        clock: Clock,
+        grammars: Grammars | None = None,
+        profile: StepProfile | None = None,
     ) -> None:
+        self._profile = profile
         self._runner = runner
         self._clock = clock
         self._grammars = grammars
@@ -81,7 +90,8 @@ class EngineCore:
         if self._step is not None:
             raise ValueError("a step is under way")
         self._pump()
-        batch = self._scheduler.schedule(self._clock.monotonic())
+        with self._scheduling():
+            batch = self._scheduler.schedule(self._clock.monotonic())
         if batch is None:
             return False
         self._step = (batch, self._runner.execute(batch))
@@ -94,9 +104,13 @@ class EngineCore:
         batch, handle = self._step
         result = handle.result()
         self._step = None
-        outputs = self._scheduler.update(batch, result, self._clock.monotonic())
+        with self._scheduling():
+            outputs = self._scheduler.update(batch, result, self._clock.monotonic())
         self._pump()
         return outputs
+
+    def _scheduling(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._profile is None else self._profile.part(SCHEDULE)
 
     def step(self) -> list[RequestOutput]:
         """A whole step, or only what ended meanwhile."""
@@ -126,6 +140,8 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """A snapshot of queues, blocks and counters."""
         stats = self._scheduler.stats()
+        if self._profile is not None:
+            stats = msgspec.structs.replace(stats, profile_s=dict(self._profile.seconds))
         if self._grammars is None:
             return stats
         counters = self._grammars.counters

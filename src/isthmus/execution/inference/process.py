@@ -141,7 +141,9 @@ def serve(link: Link) -> None:
         draft_tokens=settings.scheduler.draft_tokens,
     )
     try:
-        core = EngineCore(runner, settings.scheduler, clock, grammars)
+        core = EngineCore(
+            runner, settings.scheduler, clock, grammars, profile=runner.profile if settings.profile else None
+        )
         link.send(Ready(core.info))
         Loop(core, link).run()
     finally:

@@ -26,6 +26,7 @@ from isthmus.execution.inference.models.delta_plan import GRID_TOKENS
 from isthmus.execution.inference.models.families import tensor_layout
 from isthmus.execution.inference.models.step import Kernels, rms_norm, swiglu
 from isthmus.execution.inference.packing import pack
+from isthmus.execution.inference.profile import SAMPLING, StepProfile, profiled
 from isthmus.execution.inference.sampler.sampler import Sampler
 from isthmus.execution.inference.settings import EngineSettings
 from isthmus.execution.inference.state_memory import StateMemory
@@ -67,8 +68,16 @@ class TorchRunner:
     """`Runner` in PyTorch. At most one step is under way; blocks and states are read and written between steps."""
 
     def __init__(
-        self, decoder: Decoder, memory: KvMemory, info: ModelInfo, threads: int, states: StateMemory | None = None
+        self,
+        decoder: Decoder,
+        memory: KvMemory,
+        info: ModelInfo,
+        threads: int,
+        *,
+        states: StateMemory | None = None,
+        profile: StepProfile | None = None,
     ) -> None:
+        self.profile = profile or StepProfile()
         self._threads = threads
         self._states = states
         self._decoder = decoder
@@ -111,8 +120,11 @@ class TorchRunner:
         """Wait for the step under way and end the worker."""
         self._worker.shutdown(wait=True)
 
-    @torch.inference_mode()
     def _run(self, batch: Batch) -> StepResult:
+        with self.profile.step(), torch.inference_mode():
+            return self._compute(batch)
+
+    def _compute(self, batch: Batch) -> StepResult:
         # In exact mode never: how work is split over threads is part of what the self-test proved.
         small = not self._info.exact and self._info.parameters * batch.tokens < SMALL_STEP
         torch.set_num_threads(1 if small else self._threads)
@@ -130,7 +142,8 @@ class TorchRunner:
             results = [SliceResult() for _ in batch.slices]
         else:
             logits = self._decoder.head(final)[:count].float()
-            results = self.sampler.sample(logits, batch.slices, packed.sampled)
+            with self.profile.part(SAMPLING):
+                results = self.sampler.sample(logits, batch.slices, packed.sampled)
         for place, (result, row) in enumerate(zip(results, packed.hidden, strict=True)):
             if row is not None:
                 state = final[row].float().cpu().numpy().astype("<f4").tobytes()
@@ -163,6 +176,9 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         ignored_prefix=layout.ignored_prefix,
     )
     kernels = exact_kernels() if settings.exact else default_kernels(device, dtype)
+    profile = StepProfile()
+    if settings.profile:
+        kernels = profiled(kernels, profile)
     positions = _max_model_len(settings, config)
     with torch.inference_mode():
         memory = _memory(settings, config, dtype, device, weights.digest)
@@ -188,7 +204,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         eos_token_ids=list(config.eos_token_ids),
         states=None if states is None else StateInfo(states.slots, states.shape.state_bytes, GRID_TOKENS),
     )
-    runner = TorchRunner(decoder, memory, info, threads, states)
+    runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile)
     if settings.exact:
         try:
             progress("proving exactness", 0.0)
@@ -212,6 +228,8 @@ def _device(settings: EngineSettings) -> torch.device:
         raise ConfigInvalid(f"device {settings.device[:40]!r} is not known; accepted: cpu, cuda, cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigInvalid(f"device {settings.device[:40]!r} is not served; accepted: cpu, cuda, cuda:N")
+    if settings.profile and device.type != "cpu":
+        raise ConfigInvalid("profile is for device cpu: elsewhere only the launches of kernels would be timed")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ConfigInvalid(f"device {settings.device!r} is not on this machine")
     return device

@@ -47,7 +47,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `model` is a folder in the Hugging Face layout; `name` is what clients call it. `kv_bytes` is the size of the block
     pool's memory, `state_bytes` that of the recurrent states of a hybrid model (others take none). `max_model_len` 0
-    means the model's own limit. `threads` 0 means one a core.
+    means the model's own limit. `threads` 0 means one a core. `profile`: tell where the time of
+    steps goes (profile.py).
     """
 
     model: str
@@ -60,6 +61,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     state_bytes: int = 256 * 1024 * 1024
     max_model_len: int = 0
     threads: int = 0
+    profile: bool = False
     scheduler: SchedulerSettings = SchedulerSettings()
     grammar: GrammarSettings = GrammarSettings()
 

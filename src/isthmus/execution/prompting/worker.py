@@ -6,25 +6,20 @@ process uses at most the CPU time and memory that its limits name, writes no fil
 survives it.
 """
 
-import math
 import os
-import resource
 import socket
-import sys
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 
 from tokenizers import Tokenizer, normalizers
 
 from isthmus.contracts.errors import InvalidInput, IsthmusError, ModelInvalid, TooLarge, Unsupported
-from isthmus.contracts.events import ErrorInfo
 from isthmus.contracts.wire import FrameReader, encode_frame
+from isthmus.execution.confined import allow_cpu, confine, error_info, questions, serve_helper
 from isthmus.execution.prompting.conversation import GUARD
 from isthmus.execution.prompting.messages import (
     Answer,
     Encode,
-    Limits,
     Loaded,
     Question,
     Refused,
@@ -33,9 +28,6 @@ from isthmus.execution.prompting.messages import (
     TokenIds,
 )
 from isthmus.execution.prompting.template import ChatTemplate
-
-_READ_BYTES = 1024 * 1024
-_LOAD_CPU_S = 120
 
 
 class _LibraryErrors:
@@ -103,70 +95,30 @@ class Helper:
 
 def run(connection: socket.socket, memory_bytes: int) -> None:
     """Serve `connection` until it ends."""
-    _bound_process(memory_bytes)
-    questions = _questions(connection)
-    setup = next(questions, None)
+    confine(memory_bytes)
+    asked = questions(connection, FrameReader[Question](Question))
+    setup = next(asked, None)
     if not isinstance(setup, Setup):
         return
     try:
         helper = Helper(setup)
     except IsthmusError as error:
-        connection.sendall(encode_frame(_refused(error)))
+        connection.sendall(encode_frame(Refused(error_info(error))))
         return
     # From here on a panic of the tokenizer could print prompt text: nobody must read it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     connection.sendall(encode_frame(Loaded()))
-    for question in questions:
+    for question in asked:
         if isinstance(question, Setup):
             return
-        _bound_request(setup.limits)
+        allow_cpu(setup.limits.cpu_s)
         answer: Answer
         try:
             answer = helper.answer(question)
         except IsthmusError as error:
-            answer = _refused(error)
+            answer = Refused(error_info(error))
         connection.sendall(encode_frame(answer))
 
 
-def _questions(connection: socket.socket) -> Iterator[Question]:
-    reader: FrameReader[Question] = FrameReader(Question)
-    while data := connection.recv(_READ_BYTES):
-        yield from reader.feed(data)
-
-
-def _refused(error: IsthmusError) -> Refused:
-    field = error.field if isinstance(error, InvalidInput) else ""
-    return Refused(ErrorInfo(error.code, str(error), field))
-
-
-def _bound_process(memory_bytes: int) -> None:
-    """Limits for the whole life; that of memory is on top of what the interpreter has mapped already."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes, mapped + memory_bytes))
-    _bound_cpu(_LOAD_CPU_S)
-
-
-def _bound_request(limits: Limits) -> None:
-    _bound_cpu(limits.cpu_s)
-
-
-def _bound_cpu(seconds: int) -> None:
-    """End this process (SIGXCPU) when it uses `seconds` more of CPU time, even if no parent is left to do it."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
-def main(arguments: list[str]) -> int:
-    """`FD MEMORY_BYTES`; 0 when the socket ended in order."""
-    descriptor, memory_bytes = (int(argument) for argument in arguments)
-    with socket.socket(fileno=descriptor) as connection, suppress(ConnectionError):
-        run(connection, memory_bytes)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    serve_helper(run)

@@ -7,15 +7,11 @@ constraint and the tokens alone; whatever a constraint does, this process keeps 
 writes no file and leaves no core dump; it ends when its socket does.
 """
 
-import math
 import os
 import queue
-import resource
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from llguidance import LLMatcher
@@ -23,8 +19,8 @@ from llguidance import LLMatcher
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.constraints import Constraint
 from isthmus.contracts.errors import InvalidInput, IsthmusError, Unsupported
-from isthmus.contracts.events import ErrorInfo
 from isthmus.contracts.wire import FrameReader, encode_frame
+from isthmus.execution.confined import allow_cpu, confine, error_info, questions, serve_helper
 from isthmus.execution.inference.grammar.compiler import FIELD, check, compile_constraint
 from isthmus.execution.inference.grammar.messages import (
     Advance,
@@ -41,9 +37,7 @@ from isthmus.execution.inference.grammar.messages import (
 )
 from isthmus.execution.inference.grammar.tokens import load_tokenizer
 
-READ_BYTES = 1 << 18
 MAX_TOKENIZER_BYTES = 48 * 1024 * 1024
-LOAD_CPU_S = 120
 COMPILE_STACK_BYTES = 64 * 1024 * 1024
 FLUSH_S = 0.02
 """An `Advance` that has run for so long sends what it has."""
@@ -195,14 +189,14 @@ class Server:
 
 def refused(session: int, error: IsthmusError) -> Refused:
     """`error` in wire form."""
-    return Refused(session, ErrorInfo(error.code, str(error), error.field if isinstance(error, InvalidInput) else ""))
+    return Refused(session, error_info(error))
 
 
 def run(connection: socket.socket, memory_bytes: int) -> None:
     """Serve `connection` until it ends."""
-    _bound_process(memory_bytes)
-    questions = _questions(connection)
-    setup = next(questions, None)
+    confine(memory_bytes + COMPILE_STACK_BYTES)
+    asked = questions(connection, FrameReader[Question](Question))
+    setup = next(asked, None)
     if not isinstance(setup, Setup):
         return
     # A panic of the library could print parts of a constraint or an output: nobody must read it.
@@ -213,40 +207,8 @@ def run(connection: socket.socket, memory_bytes: int) -> None:
         connection.sendall(encode_frame(refused(0, error)))
         return
     connection.sendall(encode_frame(Loaded()))
-    Server(connection, grammars, lambda: _bound_cpu(setup.cpu_s)).run(questions)
-
-
-def _questions(connection: socket.socket) -> Iterator[Question]:
-    reader: FrameReader[Question] = FrameReader(Question)
-    while data := connection.recv(READ_BYTES):
-        yield from reader.feed(data)
-
-
-def _bound_process(memory_bytes: int) -> None:
-    """Limits for the whole life; that of memory is on top of what the interpreter has mapped already."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    limit = mapped + memory_bytes + COMPILE_STACK_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    _bound_cpu(LOAD_CPU_S)
-
-
-def _bound_cpu(seconds: int) -> None:
-    """End this process (SIGXCPU) when it uses `seconds` more of CPU time, even if no engine is left to do it."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
-def main(arguments: list[str]) -> int:
-    """`FD MEMORY_BYTES`; 0 when the socket ended in order."""
-    descriptor, memory_bytes = (int(argument) for argument in arguments)
-    with socket.socket(fileno=descriptor) as connection, suppress(ConnectionError):
-        run(connection, memory_bytes)
-    return 0
+    Server(connection, grammars, lambda: allow_cpu(setup.cpu_s)).run(asked)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    serve_helper(run)
