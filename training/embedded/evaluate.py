@@ -34,6 +34,8 @@ LENGTHS = (256, 512, 1024)
 _SKILL_LENGTH = 512
 _MOST = 120  # tokens of a generated answer
 
+_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+
 Speak = Callable[[list[Message], list[Tool]], str]
 
 
@@ -102,6 +104,36 @@ def answers_passage(
     return right / count
 
 
+def calls_the_same(
+    world: World, tokenizer: Tokenizer, logits: probes.Logits, speak: Speak, count: int, *, new: bool
+) -> float:
+    """The share of requests that are answered with the right call: the same name and arguments as JSON, and no more.
+
+    A value can be spelled in several ways of tokens, which whoever reads the call cannot tell apart. A call that is
+    exact token by token is one of them; only the others are generated.
+    """
+    rng, renderer, right = random.Random(SEED), Renderer(), 0
+    talks = [probes.called(world, rng, new=new).talk for _ in range(count)]
+    made = [_positions(tokenizer, probes.last_turn(renderer, talk.messages[:2], talk.tools())) for talk in talks]
+    for talk, (ids, answer), best in zip(talks, made, probes.hits(made, logits), strict=True):
+        exact = best == [ids[position] for position in answer]
+        said = "" if exact else speak(talk.messages[:1], talk.tools())
+        wanted = [call["function"] for call in talk.messages[1]["tool_calls"]]
+        right += exact or _calls(said) == wanted
+    return right / count
+
+
+def _calls(said: str) -> list[Any]:
+    """The calls that a text is made of; none when there is anything else in it."""
+    texts = _CALL.findall(said)
+    if "".join(f"<tool_call>{text}</tool_call>" for text in texts) != said.strip():
+        return []
+    try:
+        return [json.loads(text) for text in texts]
+    except ValueError:
+        return []
+
+
 def _tells(said: str, value: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said) is not None
 
@@ -149,6 +181,8 @@ def figures(folder: Path, model: Network, work: Path, pools: str, count: int) ->
         print(name, answered, flush=True)
     found["passage_tells_value"] = answers_passage(world, tokenizer, logits, speak, count, new=False)
     found["passage_new_tells_value"] = answers_passage(world, tokenizer, logits, speak, count, new=True)
+    found["tool_call_same"] = calls_the_same(world, tokenizer, logits, speak, count, new=False)
+    found["tool_call_new_same"] = calls_the_same(world, tokenizer, logits, speak, count, new=True)
     found["tool_answer_uses_result"] = uses_result(world, tokenizer, logits, speak, count)
     found["two_tools"] = two_tools(world, tokenizer, logits, count)
     return found
