@@ -119,11 +119,11 @@ def calls_the_same(
         exact = best == [ids[position] for position in answer]
         said = "" if exact else speak(talk.messages[:1], talk.tools())
         wanted = [call["function"] for call in talk.messages[1]["tool_calls"]]
-        right += exact or _calls(said) == wanted
+        right += exact or calls_in(said) == wanted
     return right / count
 
 
-def _calls(said: str) -> list[Any]:
+def calls_in(said: str) -> list[Any]:
     """The calls that a text is made of; none when there is anything else in it."""
     texts = _CALL.findall(said)
     if "".join(f"<tool_call>{text}</tool_call>" for text in texts) != said.strip():

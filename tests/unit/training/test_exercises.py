@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from training.embedded import chat_calls, chat_data, chat_passages, chat_recall, chat_tools, mixture, probes
 from training.embedded.chat_render import Renderer
 from training.embedded.drills import respelled
+from training.embedded.evaluate import calls_in
 from training.embedded.extract import Gloss
 from training.embedded.pools import DOCS, Packer, Pool, parse_marks, read_pool, write_pool
 from training.embedded.recall import key_values, rows_again
@@ -116,6 +117,34 @@ def test_words_are_spelled_anew_in_quotes_names_and_lines() -> None:
         for found in re.finditer(f"{MARK_OPEN}(.*?){MARK_CLOSE}", text):
             before = set(re.findall("[A-Za-z]+", text[: found.start()]))
             assert set(re.findall("[A-Za-z]+", found.group())) <= before, text
+
+
+def test_drills_spell_every_token_of_letters() -> None:
+    vocabulary = {"\u0120lamp": 0, "lamp": 1, "elvet": 2, "\u0120v": 3, "\u0120Rome": 4, "ab": 5, "12x": 6, "\u0120": 7}
+    known = Tokenizer(models.WordLevel(vocabulary, "ab"))
+    taught = mixture.with_tokens(world(), known)
+    assert taught.entries == ("Rome", "lamp")
+    assert taught.endings == ("elvet", "lamp")
+    rng = random.Random(5)
+    words = [taught.spelled(rng) for _ in range(400)]
+    assert {"Rome", "lamp", "Romeelvet", "lampelvet"} <= set(words)
+    assert not set(words) <= {"Rome", "lamp", "Romeelvet", "lampelvet", "Romelamp", "lamplamp"}
+
+
+def test_a_call_is_judged_as_json_and_by_nothing_else() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {"x": 1, "y": "a"}}</tool_call>'
+    other = '<tool_call>{"arguments": {"y": "a", "x": 1}, "name": "f"}</tool_call>'
+    assert calls_in(call) == calls_in(other) == [{"name": "f", "arguments": {"x": 1, "y": "a"}}]
+    assert calls_in(call + other) == calls_in(call) * 2
+    for wrong in (
+        "",
+        "f(1)",
+        f"Well: {call}",
+        call + "!",
+        "<tool_call>{</tool_call>",
+        call.removesuffix("</tool_call>"),
+    ):
+        assert not calls_in(wrong)
 
 
 @pytest.mark.parametrize("kind", sorted(mixture.KINDS))
