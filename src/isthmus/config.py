@@ -244,6 +244,11 @@ def read_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(PREFIX) or name in wanted}
 
 
+def inherited_environment() -> dict[str, str]:
+    """The whole environment, to hand on to programs of others that we start (the peers of `isthmus bench`)."""
+    return dict(os.environ)
+
+
 def load(flags: Mapping[str, object], environment: Mapping[str, str], config: str | None = None) -> Loaded:
     """Settings from flags (by setting name; text or bool), environment and file. Raises `ConfigInvalid`."""
     layers = [_from_file(config, environment), _from_environment(environment), _from_flags(flags)]

@@ -23,6 +23,7 @@ from typing import IO, Any, Protocol
 from isthmus.bench.client import ANSWER_TIMEOUT_S, BadAnswer, Trace, ask_server
 from isthmus.bench.meters import stopped, tree
 from isthmus.bench.workloads import Ask
+from isthmus.config import inherited_environment
 
 START_TIMEOUT_S = 600.0
 END_TIMEOUT_S = 20.0
@@ -100,7 +101,7 @@ class _TreeTarget:
         with self._log.open("wb") as errors:
             self._process = subprocess.Popen(
                 self._command,
-                env={**os.environ, **self._environment},
+                env={**inherited_environment(), **self._environment},
                 stdin=self._pipe,
                 stdout=self._pipe,
                 stderr=errors,

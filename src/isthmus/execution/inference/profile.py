@@ -6,7 +6,6 @@ packing, rotations and writes of K and V. Parts do not overlap; all but `schedul
 where operators return when they are done; on an accelerator only the launches would be timed, so it is refused there.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from isthmus.contracts.clock import SystemClock
 from isthmus.execution.inference.attention.base import AttentionBackend, Span, StepAttention
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.base import Linear, LinearBackend
@@ -29,8 +29,8 @@ SAMPLING, INTERPRETER = "sampling", "interpreter"
 class StepProfile:
     """Seconds since the start, by part. Each part is written by one thread. `clock` gives seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock or SystemClock().monotonic
         self.seconds = dict.fromkeys((SCHEDULE, LINEARS, ATTENTION, NORMS, SAMPLING, INTERPRETER), 0.0)
 
     def timed(self, part: str, call: Callable[P, R]) -> Callable[P, R]:
