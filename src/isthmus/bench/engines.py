@@ -90,7 +90,7 @@ def _run_once(target: Target, workload: Workload) -> dict[str, Any]:
     before, spent, parts = read(own), cpu_seconds(own[1:]), target.profile()
     traces = target.run(workload.asks)
     after = read(own)
-    profile = {part: round(seconds - parts[part], _DIGITS) for part, seconds in target.profile().items()}
+    profile = {part: round(seconds - parts.get(part, 0.0), _DIGITS) for part, seconds in target.profile().items()}
     return {
         **figures(traces).as_dict(),
         **({"profile_s": profile} if profile else {}),
