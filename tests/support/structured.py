@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 import jsonschema
@@ -74,6 +75,22 @@ class Texts:
     def ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def brevity(self) -> dict[int, float]:
+        """A logit bias under which the model ends what is open: quotes, then brackets and the text, then commas.
+
+        Where the model goes on with a string or a list until `max_tokens`, nothing is learned about the end of it.
+        To be taken with a frequency penalty, which gets it past what must come first (a digit, an at sign).
+        """
+        biases = {'"': 100.0, "}": 40.0, "]": 40.0, "<|end|>": 40.0, ",": 36.0, "@": 32.0, ".": 32.0, "blank": -40.0}
+        biases |= dict.fromkeys("0257DS", 32.0)
+        found: dict[int, float] = {}
+        for token in range(self._tokenizer.get_vocab_size()):
+            text = str(self._tokenizer.decode([token], skip_special_tokens=False))
+            bias = biases.get("blank" if text and text.isspace() else text)
+            if bias is not None:
+                found[token] = bias
+        return found
+
 
 async def ask(process: EngineProcess, request: EngineRequest, texts: Texts) -> Outcome:
     """Run one request to its end."""
@@ -113,7 +130,22 @@ def verdict(schema: dict[str, Any], outcome: Outcome) -> str:
         return "truncated"
     if outcome.finish is not Finish.STOP:
         raise AssertionError(f"ended with {outcome.finish}")
-    value = json.loads(outcome.text)
-    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-    jsonschema.Draft202012Validator(schema, format_checker=checker).validate(value)
+    jsonschema.Draft202012Validator(schema, format_checker=_FORMATS).validate(json.loads(outcome.text))
     return "valid"
+
+
+_FORMATS = jsonschema.FormatChecker()
+
+
+@_FORMATS.checks("date", ValueError)
+def _is_date(text: object) -> bool:
+    """RFC 3339 with the leniency that docs/structured-output.md states: any year has a 29 February.
+
+    Python's own check knows no year 0000, which RFC 3339 has.
+    """
+    if not isinstance(text, str):
+        return True
+    year, month, day = text.split("-")
+    if len(year) != 4 or not year.isdecimal():
+        return False
+    return date.fromisoformat(f"2000-{month}-{day}").year == 2000
