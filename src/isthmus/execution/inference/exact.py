@@ -54,6 +54,11 @@ class TiledLinear:
 
         return linear
 
+    def prepare_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> Linear | None:
+        """See `LinearBackend`: the activation has rules of its own here (`exact_gate`)."""
+        del gate, up
+        return None
+
 
 def exact_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm by operators that treat each row alone and round each step exactly."""

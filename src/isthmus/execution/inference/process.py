@@ -31,6 +31,7 @@ from isthmus.contracts.events import (
 from isthmus.contracts.wire import FrameReader, encode_frame
 from isthmus.execution.inference.engine import EngineCore
 from isthmus.execution.inference.grammar.service import Grammars
+from isthmus.execution.inference.heap import keep_freed, one_heap
 from isthmus.execution.inference.settings import EngineSettings
 
 RECEIVE_BYTES = 1 << 18
@@ -128,9 +129,11 @@ def serve(link: Link) -> None:
     """Load the model, then run until the parent hangs up. A start-up error is sent as `Failed`."""
     settings = link.settings()
     link.send(Progress("starting", 0.0))
+    one_heap()
     from isthmus.execution.inference.runner import open_runner
 
     runner = open_runner(settings, lambda stage, fraction: link.send(Progress(stage, fraction)))
+    keep_freed()
     clock = SystemClock()
     grammars = Grammars(
         runner.info,

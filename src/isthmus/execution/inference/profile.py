@@ -78,6 +78,11 @@ class _TimedLinear:
         """See `LinearBackend`."""
         return self._profile.timed(LINEARS, self._backend.prepare(weight, bias))
 
+    def prepare_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> Linear | None:
+        """See `LinearBackend`."""
+        product = self._backend.prepare_swiglu(gate, up)
+        return None if product is None else self._profile.timed(LINEARS, product)
+
 
 class _TimedAttention:
     """`AttentionBackend`."""

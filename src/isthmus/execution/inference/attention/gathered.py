@@ -1,11 +1,14 @@
 """Default attention in plain PyTorch: gather K and V of a group of sequences through the block tables, then SDPA.
 
 Sequences with few query tokens (decode, drafts) are grouped by length and padded, one gather and one SDPA a group.
-Longer spans go one by one, in chunks of queries, so that no mask exceeds `QUERY_CHUNK` rows. Padding reads the zero
-row of the memory and is masked. With a sliding window only the keys that some query of the span sees are gathered.
+Longer spans that begin with their first own key are grouped when they have one length; the others go one by one, in
+chunks of queries, so that no mask exceeds `QUERY_CHUNK` rows. Padding reads the zero row of the memory and is masked.
+With a sliding window only the keys that some query of the span sees are gathered. On a CPU, whose SDPA gives the
+log-sum-exp, keys that sequences share are read once for all of them (shared.py).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from isthmus.execution.inference.attention.base import Span, StepAttention
+from isthmus.execution.inference.attention.shared import find_shared, merge
 from isthmus.execution.inference.kv_memory import KvMemory
 
 SHORT_QUERY = 8
@@ -22,13 +26,37 @@ GROUP_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """A span and the position of the first key that is to be attended for it alone."""
+
+    span: Span
+    low: int
+
+    @property
+    def length(self) -> int:
+        """Keys that some query of the span sees."""
+        return self.span.end - self.low
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Parts of one kind can go together: few queries, or many that begin with the first key."""
+        return self.span.count, 0 if self.span.count <= SHORT_QUERY else self.low - self.span.start
+
+
+@dataclass(frozen=True, slots=True)
 class _Group:
     """Sequences with the same number of queries, padded to the same number of keys."""
 
-    queries: int
+    sequences: int
     rows: torch.Tensor  # [sequences * queries] packed rows
     keys: torch.Tensor  # [2, sequences * length] rows of K and V in layer 0
-    mask: torch.Tensor  # [sequences, 1, queries, length], additive
+    mask: torch.Tensor | None = None  # [sequences, 1, queries, length], additive
+    causal: bool = False  # the first query sees the first key only, and so on
+
+    @property
+    def queries(self) -> int:
+        """Queries of each sequence."""
+        return self.rows.numel() // self.sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +72,12 @@ class _Long:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the layers of one window share."""
+    """What the layers of one window share. `common`: queries of several sequences that see all of some keys."""
 
     window: int
     groups: Sequence[_Group]
     long: Sequence[_Long]
+    common: Sequence[_Group]
 
 
 class GatheredAttention:
@@ -61,26 +90,29 @@ class GatheredAttention:
 
 
 def _plan(spans: Sequence[Span], memory: KvMemory, window: int) -> _Plan:
-    short = [span for span in spans if span.count <= SHORT_QUERY]
-    long = [_long(span, memory, window) for span in spans if span.count > SHORT_QUERY]
-    return _Plan(window, [_group(part, memory, window) for part in _split(short, window)], long)
+    common: list[_Group] = []
+    low = [span.first_key(window) for span in spans]
+    if not window and memory.rows.device.type == "cpu":
+        shared, low = find_shared(spans)
+        common = [_common([spans[member] for member in part.members], part.low, part.high, memory) for part in shared]
+    parts = [_Part(span, first) for span, first in zip(spans, low, strict=True)]
+    # A window that is narrower than the span hides keys from its last queries: not plainly causal.
+    aligned = [p for p in parts if p.low == p.span.start and not 0 < window < p.span.count]
+    together = [part for part in parts if part.span.count <= SHORT_QUERY or part in aligned]
+    long = [_long(part, memory) for part in parts if part not in together]
+    return _Plan(window, [_group(group, memory, window) for group in _split(together)], long, common)
 
 
-def _length(span: Span, window: int) -> int:
-    """Keys that some query of the span sees."""
-    return span.end - span.first_key(window)
-
-
-def _split(spans: Sequence[Span], window: int) -> list[list[Span]]:
+def _split(parts: Sequence[_Part]) -> list[list[_Part]]:
     """Groups in which padding at most doubles the keys, and which fit the scratch limit."""
-    groups: list[list[Span]] = []
+    groups: list[list[_Part]] = []
     length = 0
-    for span in sorted(spans, key=lambda span: (span.count, -_length(span, window))):
-        fits = groups and span.count == groups[-1][0].count and 2 * _length(span, window) >= length
+    for part in sorted(parts, key=lambda part: (part.kind, -part.length)):
+        fits = groups and part.kind == groups[-1][0].kind and 2 * part.length >= length
         if not fits or (len(groups[-1]) + 1) * length > GROUP_TOKENS:
             groups.append([])
-            length = _length(span, window)
-        groups[-1].append(span)
+            length = part.length
+        groups[-1].append(part)
     return groups
 
 
@@ -90,27 +122,66 @@ def _both(rows: np.ndarray, memory: KvMemory) -> torch.Tensor:
     return torch.from_numpy(np.stack((flat, flat + memory.value_offset))).to(memory.rows.device)
 
 
-def _group(spans: Sequence[Span], memory: KvMemory, window: int) -> _Group:
-    length, queries = max(_length(span, window) for span in spans), spans[0].count
-    keys = np.full((len(spans), length), memory.zero_row, np.int64)
-    for index, span in enumerate(spans):
-        keys[index, : _length(span, window)] = span.rows[span.first_key(window) :]
+def _packed(spans: Sequence[Span], memory: KvMemory) -> torch.Tensor:
+    """The packed rows of the queries."""
+    rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
+    return torch.from_numpy(rows).to(memory.rows.device)
+
+
+def _common(spans: Sequence[Span], low: int, high: int, memory: KvMemory) -> _Group:
+    return _Group(1, _packed(spans, memory), _both(spans[0].rows[low:high], memory))
+
+
+def _group(parts: Sequence[_Part], memory: KvMemory, window: int) -> _Group:
+    length, queries = max(part.length for part in parts), parts[0].span.count
+    keys = np.full((len(parts), length), memory.zero_row, np.int64)
+    for place, part in enumerate(parts):
+        keys[place, : part.length] = part.span.rows[part.low :]
+    rows, index = _packed([part.span for part in parts], memory), _both(keys, memory)
+    if queries > SHORT_QUERY:
+        return _Group(len(parts), rows, index, causal=True)
     # How far each key lies behind each query; padding lies ahead of all of them.
-    offsets = np.array([span.start - span.first_key(window) for span in spans])[:, None] + np.arange(queries)
+    offsets = np.array([part.span.start - part.low for part in parts])[:, None] + np.arange(queries)
     behind = offsets[:, :, None] - np.arange(length)
     hidden = (behind < 0) | (behind >= window) if window else behind < 0
     mask = np.zeros(hidden.shape, np.float32)
     mask[hidden] = -np.inf
-    source = np.array([span.first for span in spans])[:, None] + np.arange(queries)
-    device = memory.rows.device
-    rows = torch.from_numpy(source.reshape(-1)).to(device)
-    bias = torch.from_numpy(mask).to(device, memory.rows.dtype)[:, None]
-    return _Group(queries, rows, _both(keys, memory), bias)
+    bias = torch.from_numpy(mask).to(memory.rows.device, memory.rows.dtype)[:, None]
+    return _Group(len(parts), rows, index, bias)
 
 
-def _long(span: Span, memory: KvMemory, window: int) -> _Long:
-    low = span.first_key(window)
-    return _Long(span.first, span.count, span.start, low, _both(span.rows[low:], memory))
+def _long(part: _Part, memory: KvMemory) -> _Long:
+    span = part.span
+    return _Long(span.first, span.count, span.start, part.low, _both(span.rows[part.low :], memory))
+
+
+class _Result:
+    """Where the parts of a step put their results; with log-sum-exps when others are to be merged with them."""
+
+    def __init__(self, query: torch.Tensor, *, every_row: bool, merged: bool) -> None:
+        kind = torch.float32 if merged else query.dtype
+        new = torch.empty if every_row else torch.zeros
+        self._out = new(query.shape, dtype=kind, device=query.device)
+        self._lse = new(query.shape[:2], dtype=torch.float32, device=query.device) if merged else None
+        self._dtype = query.dtype
+
+    def put(self, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """The first result for `rows`: [rows, heads, head_dim], [rows, heads]."""
+        self._out.index_copy_(0, rows, out.to(self._out.dtype))
+        if self._lse is not None and lse is not None:
+            self._lse.index_copy_(0, rows, lse)
+
+    def merge(self, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """The result over further keys."""
+        if self._lse is None or lse is None:
+            raise ValueError("nothing was to be merged")
+        had, had_lse = self._out.index_select(0, rows), self._lse.index_select(0, rows)
+        merge(had, had_lse, out.float(), lse)
+        self.put(rows, had, had_lse)
+
+    def tensor(self) -> torch.Tensor:
+        """The whole, in the query's dtype."""
+        return self._out.to(self._dtype)
 
 
 class _GatheredStep:
@@ -127,13 +198,15 @@ class _GatheredStep:
         plan = self._plans.get(window)
         if plan is None:
             plan = self._plans[window] = _plan(self._spans, self._memory, window)
-        out = torch.empty_like(query) if self._rows == query.shape[0] else torch.zeros_like(query)
+        result = _Result(query, every_row=self._rows == query.shape[0], merged=bool(plan.common))
         for group in plan.groups:
-            result = self._short(layer, query, group)
-            out.index_copy_(0, group.rows, result)
+            result.put(group.rows, *(self._causal if group.causal else self._folded)(layer, query, group))
         for part in plan.long:
-            self._prefill(layer, query, part, window, out)
-        return out
+            for rows, out, lse in self._prefill(layer, query, part, window):
+                result.put(rows, out, lse)
+        for common in plan.common:
+            result.merge(common.rows, *self._folded(layer, query, common))
+        return result.tensor()
 
     def _gather(self, layer: int, keys: torch.Tensor, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each [sequences, kv_heads, length, head_dim] (strided)."""
@@ -142,39 +215,64 @@ class _GatheredStep:
         both = memory.rows.index_select(0, index).view(2, sequences, -1, memory.kv_heads, memory.head_dim)
         return both[0].transpose(1, 2), both[1].transpose(1, 2)
 
-    def _short(self, layer: int, query: torch.Tensor, group: _Group) -> torch.Tensor:
-        """[real queries, heads, head_dim]."""
-        queries = group.queries
-        sequences = group.rows.numel() // queries
-        key, value = self._gather(layer, group.keys, sequences)
-        rows = query.index_select(0, group.rows).view(sequences, queries, *query.shape[1:])
-        kv_heads, head_dim = self._memory.kv_heads, self._memory.head_dim
-        # Queries of the heads that share K and V are rows of one product: [sequences, kv_heads, shared * queries, d].
-        shared = query.shape[1] // kv_heads
-        folded = rows.view(sequences, queries, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
-        folded = folded.reshape(sequences, kv_heads, shared * queries, head_dim)
-        mask = group.mask if queries == 1 else group.mask.repeat(1, 1, shared, 1)
-        mixed = scaled_dot_product_attention(folded, key, value, attn_mask=mask)
-        mixed = mixed.view(sequences, kv_heads, shared, queries, head_dim).permute(0, 3, 1, 2, 4)
-        return mixed.reshape(-1, query.shape[1], head_dim)
+    def _folded(self, layer: int, query: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[rows, heads, head_dim], and the log-sum-exp [rows, heads].
 
-    def _prefill(self, layer: int, query: torch.Tensor, part: _Long, window: int, out: torch.Tensor) -> None:
+        Queries of the heads that share K and V are rows of one product: [sequences, kv_heads, shared * queries, d].
+        """
+        sequences, queries, mask = group.sequences, group.queries, group.mask
+        key, value = self._gather(layer, group.keys, sequences)
+        heads, kv_heads, head_dim = query.shape[1], self._memory.kv_heads, self._memory.head_dim
+        shared = heads // kv_heads
+        picked = query.index_select(0, group.rows).view(sequences, queries, kv_heads, shared, head_dim)
+        folded = picked.permute(0, 2, 3, 1, 4).reshape(sequences, kv_heads, shared * queries, head_dim)
+        if mask is not None and queries > 1:
+            mask = mask.repeat(1, 1, shared, 1)
+        mixed, lse = _attend(folded, key, value, mask)
+        mixed = mixed.reshape(sequences, kv_heads, shared, queries, head_dim).permute(0, 3, 1, 2, 4)
+        if lse is not None:
+            lse = lse.reshape(sequences, kv_heads, shared, queries).permute(0, 3, 1, 2).reshape(-1, heads)
+        return mixed.reshape(-1, heads, head_dim), lse
+
+    def _causal(self, layer: int, query: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sequences of one length, each query of which sees the keys up to its own."""
+        key, value = self._gather(layer, group.keys, group.sequences)
+        rows = query.index_select(0, group.rows).view(group.sequences, group.queries, *query.shape[1:]).transpose(1, 2)
+        return _unfold(*_attend(rows, key, value, None, causal=True))
+
+    def _prefill(
+        self, layer: int, query: torch.Tensor, part: _Long, window: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         key, value = self._gather(layer, part.keys, 1)
-        if part.start == 0 and (not window or part.count <= window):
-            rows = query[part.first : part.first + part.count].transpose(0, 1)[None]
-            mixed = scaled_dot_product_attention(rows, key, value, is_causal=True, enable_gqa=True)
-            out[part.first : part.first + part.count] = mixed[0].transpose(0, 1)
-            return
+        device = query.device
         for low in range(0, part.count, QUERY_CHUNK):
             high = min(low + QUERY_CHUNK, part.count)
             end = part.start + high
-            first = max(part.low, part.start + low - window + 1) if window else 0
-            seen = torch.arange(first, end, device=query.device)[None, :]
-            at = torch.arange(part.start + low, end, device=query.device)[:, None]
-            mask = (seen <= at) & (seen > at - window) if window else seen <= at
+            first = max(part.low, part.start + low - window + 1) if window else part.low
+            seen = torch.arange(first, end, device=device)[None, :]
+            at = torch.arange(part.start + low, end, device=device)[:, None]
+            hidden = (seen > at) | (seen <= at - window) if window else seen > at
+            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=device).masked_fill_(hidden, -math.inf)
             rows = query[part.first + low : part.first + high].transpose(0, 1)[None]
             kept = slice(first - part.low, end - part.low)
-            mixed = scaled_dot_product_attention(
-                rows, key[:, :, kept], value[:, :, kept], attn_mask=mask, enable_gqa=True
-            )
-            out[part.first + low : part.first + high] = mixed[0].transpose(0, 1)
+            found = _unfold(*_attend(rows, key[:, :, kept], value[:, :, kept], mask))
+            yield torch.arange(part.first + low, part.first + high, device=device), *found
+
+
+def _unfold(mixed: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """From [sequences, heads, queries, ...] to [sequences * queries, heads, ...]."""
+    return mixed.transpose(1, 2).flatten(0, 1), None if lse is None else lse.transpose(1, 2).flatten(0, 1)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """SDPA, and on a CPU its log-sum-exp [sequences, heads, queries] float32. Heads may share K and V."""
+    if query.device.type != "cpu":
+        grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped), None
+    # What SDPA calls on a CPU; the public function keeps the log-sum-exp to itself.
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+        query, key, value, is_causal=causal, attn_mask=mask
+    )
+    return out, lse

@@ -15,3 +15,7 @@ class LinearBackend(Protocol):
     def prepare(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """A layer with `weight` [out, in] and `bias` [out]. The backend may keep the weight in another layout."""
         ...
+
+    def prepare_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> Linear | None:
+        """silu(x gate^T) * (x up^T) in one (Shazeer 2020); None where the backend has nothing better than the parts."""
+        ...

@@ -19,6 +19,11 @@ class TorchLinear:
         """See `LinearBackend`."""
         return lambda rows: functional.linear(rows, weight, bias)
 
+    def prepare_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> Linear | None:
+        """See `LinearBackend`."""
+        del gate, up
+        return None
+
 
 class PackedLinear:
     """oneDNN with the weight reordered once into its blocked layout. CPU, float32 and bfloat16."""
@@ -34,6 +39,18 @@ class PackedLinear:
             return result
 
         return linear
+
+    def prepare_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> Linear | None:
+        """See `LinearBackend`. The activation and the product are applied as each tile of the result is written."""
+        gate, up = (torch.ops.mkldnn._reorder_linear_weight(one.contiguous(), PACK_ROWS) for one in (gate, up))  # noqa: SLF001
+        activate = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+        multiply = torch.ops.mkldnn._linear_pointwise.binary  # noqa: SLF001
+
+        def swiglu(rows: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = multiply(rows, activate(rows, gate, None, "swish", [], ""), up, None, "mul")
+            return result
+
+        return swiglu
 
 
 def dense_linear(device: torch.device, dtype: torch.dtype) -> LinearBackend:

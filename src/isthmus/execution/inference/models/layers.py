@@ -56,6 +56,10 @@ class LayerWeights:
         weight = self.tensor(f"{name}.weight")
         return weight + self.norm_offset if self.norm_offset else weight
 
+    def biased(self, name: str) -> bool:
+        """Whether the linear called `name` has a bias."""
+        return f"{self.prefix}.{name}.bias" in self.tensors
+
     def linear(self, *names: str) -> Linear:
         """One linear of the weights of `names`, one after the other; all of them have a bias or none."""
         weights = [self.tensor(f"{name}.weight") for name in names]
