@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.execution.inference.attention import gathered
+from isthmus.execution.inference.attention import plan
 from isthmus.execution.inference.attention.base import Span
 from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.attention.shared import find_shared, merge
@@ -92,14 +92,14 @@ def test_parts_cover_what_is_shared_and_nothing_else(spans: list[Span], least: i
         assert len(left) == len(set(left))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(spans=forests(), least=st.sampled_from([1, 8, 10_000]))
 def test_each_sequence_gets_what_it_gets_alone(spans: list[Span], least: int) -> None:
     count = sum(span.count for span in spans)
     query = torch.randn(count, HEADS, DIM, generator=torch.Generator().manual_seed(count))
     expected = torch.cat([alone(query, span, 1) for span in spans])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gathered, "find_shared", lambda spans: find_shared(spans, least))
+        patch.setattr(plan, "find_shared", lambda spans: find_shared(spans, least))
         found = GatheredAttention().plan(spans, MEMORY, HEADS)(1, query)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 

@@ -1,83 +1,20 @@
-"""Default attention in plain PyTorch: gather K and V of a group of sequences through the block tables, then SDPA.
+"""Default attention in plain PyTorch, over the parts that a plan has (plan.py): gathers and SDPA.
 
-Sequences with few query tokens (decode, drafts) are grouped by length and padded, one gather and one SDPA a group.
-Longer spans that begin with their first own key are grouped when they have one length; the others go one by one, in
-chunks of queries, so that no mask exceeds `QUERY_CHUNK` rows. Padding reads the zero row of the memory and is masked.
-With a sliding window only the keys that some query of the span sees are gathered. On a CPU, whose SDPA gives the
-log-sum-exp, keys that sequences share are read once for all of them (shared.py).
+A long span goes in chunks of queries, so that no mask exceeds `QUERY_CHUNK` rows.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from isthmus.execution.inference.attention.base import Span, StepAttention
-from isthmus.execution.inference.attention.shared import find_shared, merge
+from isthmus.execution.inference.attention.plan import Group, Long, Plan, make_plan
+from isthmus.execution.inference.attention.shared import merge
 from isthmus.execution.inference.kv_memory import KvMemory
 
-SHORT_QUERY = 8
 QUERY_CHUNK = 512
-GROUP_TOKENS = 1 << 17
-"""Keys gathered at a time, a limit on scratch memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A span and the position of the first key that is to be attended for it alone."""
-
-    span: Span
-    low: int
-
-    @property
-    def length(self) -> int:
-        """Keys that some query of the span sees."""
-        return self.span.end - self.low
-
-    @property
-    def kind(self) -> tuple[int, int]:
-        """Parts of one kind can go together: few queries, or many that begin with the first key."""
-        return self.span.count, 0 if self.span.count <= SHORT_QUERY else self.low - self.span.start
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Sequences with the same number of queries, padded to the same number of keys."""
-
-    sequences: int
-    rows: torch.Tensor  # [sequences * queries] packed rows
-    keys: torch.Tensor  # [2, sequences * length] rows of K and V in layer 0
-    mask: torch.Tensor | None = None  # [sequences, 1, queries, length], additive
-    causal: bool = False  # the first query sees the first key only, and so on
-
-    @property
-    def queries(self) -> int:
-        """Queries of each sequence."""
-        return self.rows.numel() // self.sequences
-
-
-@dataclass(frozen=True, slots=True)
-class _Long:
-    """One sequence with many queries. The first key gathered is that of position `low`."""
-
-    first: int
-    count: int
-    start: int
-    low: int
-    keys: torch.Tensor  # [2, length]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the layers of one window share. `common`: queries of several sequences that see all of some keys."""
-
-    window: int
-    groups: Sequence[_Group]
-    long: Sequence[_Long]
-    common: Sequence[_Group]
 
 
 class GatheredAttention:
@@ -87,72 +24,6 @@ class GatheredAttention:
         """See `AttentionBackend`."""
         del heads
         return _GatheredStep(memory, spans)
-
-
-def _plan(spans: Sequence[Span], memory: KvMemory, window: int) -> _Plan:
-    common: list[_Group] = []
-    low = [span.first_key(window) for span in spans]
-    if not window and memory.rows.device.type == "cpu":
-        shared, low = find_shared(spans)
-        common = [_common([spans[member] for member in part.members], part.low, part.high, memory) for part in shared]
-    parts = [_Part(span, first) for span, first in zip(spans, low, strict=True)]
-    # A window that is narrower than the span hides keys from its last queries: not plainly causal.
-    aligned = [p for p in parts if p.low == p.span.start and not 0 < window < p.span.count]
-    together = [part for part in parts if part.span.count <= SHORT_QUERY or part in aligned]
-    long = [_long(part, memory) for part in parts if part not in together]
-    return _Plan(window, [_group(group, memory, window) for group in _split(together)], long, common)
-
-
-def _split(parts: Sequence[_Part]) -> list[list[_Part]]:
-    """Groups in which padding at most doubles the keys, and which fit the scratch limit."""
-    groups: list[list[_Part]] = []
-    length = 0
-    for part in sorted(parts, key=lambda part: (part.kind, -part.length)):
-        fits = groups and part.kind == groups[-1][0].kind and 2 * part.length >= length
-        if not fits or (len(groups[-1]) + 1) * length > GROUP_TOKENS:
-            groups.append([])
-            length = part.length
-        groups[-1].append(part)
-    return groups
-
-
-def _both(rows: np.ndarray, memory: KvMemory) -> torch.Tensor:
-    """Rows of K, then of V, as an index on the device."""
-    flat = rows.reshape(-1)
-    return torch.from_numpy(np.stack((flat, flat + memory.value_offset))).to(memory.rows.device)
-
-
-def _packed(spans: Sequence[Span], memory: KvMemory) -> torch.Tensor:
-    """The packed rows of the queries."""
-    rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
-    return torch.from_numpy(rows).to(memory.rows.device)
-
-
-def _common(spans: Sequence[Span], low: int, high: int, memory: KvMemory) -> _Group:
-    return _Group(1, _packed(spans, memory), _both(spans[0].rows[low:high], memory))
-
-
-def _group(parts: Sequence[_Part], memory: KvMemory, window: int) -> _Group:
-    length, queries = max(part.length for part in parts), parts[0].span.count
-    keys = np.full((len(parts), length), memory.zero_row, np.int64)
-    for place, part in enumerate(parts):
-        keys[place, : part.length] = part.span.rows[part.low :]
-    rows, index = _packed([part.span for part in parts], memory), _both(keys, memory)
-    if queries > SHORT_QUERY:
-        return _Group(len(parts), rows, index, causal=True)
-    # How far each key lies behind each query; padding lies ahead of all of them.
-    offsets = np.array([part.span.start - part.low for part in parts])[:, None] + np.arange(queries)
-    behind = offsets[:, :, None] - np.arange(length)
-    hidden = (behind < 0) | (behind >= window) if window else behind < 0
-    mask = np.zeros(hidden.shape, np.float32)
-    mask[hidden] = -np.inf
-    bias = torch.from_numpy(mask).to(memory.rows.device, memory.rows.dtype)[:, None]
-    return _Group(len(parts), rows, index, bias)
-
-
-def _long(part: _Part, memory: KvMemory) -> _Long:
-    span = part.span
-    return _Long(span.first, span.count, span.start, part.low, _both(span.rows[part.low :], memory))
 
 
 class _Result:
@@ -191,13 +62,14 @@ class _GatheredStep:
         self._memory = memory
         self._spans = spans
         self._rows = sum(span.count for span in spans)
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
+        self._merging = memory.rows.device.type == "cpu"
 
     def __call__(self, layer: int, query: torch.Tensor, window: int = 0) -> torch.Tensor:
         """See `StepAttention`."""
         plan = self._plans.get(window)
         if plan is None:
-            plan = self._plans[window] = _plan(self._spans, self._memory, window)
+            plan = self._plans[window] = make_plan(self._spans, self._memory, window, merging=self._merging)
         result = _Result(query, every_row=self._rows == query.shape[0], merged=bool(plan.common))
         for group in plan.groups:
             result.put(group.rows, *(self._causal if group.causal else self._folded)(layer, query, group))
@@ -215,7 +87,7 @@ class _GatheredStep:
         both = memory.rows.index_select(0, index).view(2, sequences, -1, memory.kv_heads, memory.head_dim)
         return both[0].transpose(1, 2), both[1].transpose(1, 2)
 
-    def _folded(self, layer: int, query: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _folded(self, layer: int, query: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[rows, heads, head_dim], and the log-sum-exp [rows, heads].
 
         Queries of the heads that share K and V are rows of one product: [sequences, kv_heads, shared * queries, d].
@@ -234,14 +106,14 @@ class _GatheredStep:
             lse = lse.reshape(sequences, kv_heads, shared, queries).permute(0, 3, 1, 2).reshape(-1, heads)
         return mixed.reshape(-1, heads, head_dim), lse
 
-    def _causal(self, layer: int, query: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _causal(self, layer: int, query: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sequences of one length, each query of which sees the keys up to its own."""
         key, value = self._gather(layer, group.keys, group.sequences)
         rows = query.index_select(0, group.rows).view(group.sequences, group.queries, *query.shape[1:]).transpose(1, 2)
         return _unfold(*_attend(rows, key, value, None, causal=True))
 
     def _prefill(
-        self, layer: int, query: torch.Tensor, part: _Long, window: int
+        self, layer: int, query: torch.Tensor, part: Long, window: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         key, value = self._gather(layer, part.keys, 1)
         device = query.device

@@ -1,0 +1,152 @@
+"""What the default attention does in a step, prepared once for all layers of one window.
+
+- Sequences with few queries (decode, drafts) are grouped by number of queries and padded: one gather of K and V and one
+SDPA a group. Padding reads the zero row of the memory and is masked. Long spans that begin with their first own key are
+grouped when they have one length; the others go one by one.
+- With a sliding window only the keys that some query of a span sees are read.
+- With `merging`, where SDPA gives the log-sum-exp, keys that sequences share are read once for all of them (shared.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from isthmus.execution.inference.attention.base import Span
+from isthmus.execution.inference.attention.shared import find_shared
+from isthmus.execution.inference.kv_memory import KvMemory
+
+SHORT_QUERY = 8
+GROUP_TOKENS = 1 << 17
+"""Keys gathered at a time, a limit on scratch memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences with the same number of queries, padded to the same number of keys."""
+
+    sequences: int
+    rows: torch.Tensor  # [sequences * queries] packed rows
+    keys: torch.Tensor  # [2, sequences * length] rows of K and V in layer 0
+    mask: torch.Tensor | None = None  # [sequences, 1, queries, length], additive
+    causal: bool = False  # the first query sees the first key only, and so on
+
+    @property
+    def queries(self) -> int:
+        """Queries of each sequence."""
+        return self.rows.numel() // self.sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Long:
+    """One sequence with many queries. The first key gathered is that of position `low`."""
+
+    first: int
+    count: int
+    start: int
+    low: int
+    keys: torch.Tensor  # [2, length]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every row is in one of `groups` and `long`. What `common` gives is merged with that."""
+
+    groups: Sequence[Group]
+    long: Sequence[Long]
+    common: Sequence[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A span, and the position of the first key that is to be read for it alone."""
+
+    span: Span
+    low: int
+
+    @property
+    def length(self) -> int:
+        """Keys up to the last query's."""
+        return self.span.end - self.low
+
+    @property
+    def few(self) -> bool:
+        """Few queries: decode, drafts."""
+        return self.span.count <= SHORT_QUERY
+
+
+def make_plan(spans: Sequence[Span], memory: KvMemory, window: int, *, merging: bool) -> Plan:
+    """The plan of a step for the layers of one window, 0 for none."""
+    common: list[Group] = []
+    low = [span.first_key(window) for span in spans]
+    if merging and not window:
+        shared, low = find_shared(spans)
+        common = [_common([spans[member] for member in part.members], part.low, part.high, memory) for part in shared]
+    parts = [_Part(span, first) for span, first in zip(spans, low, strict=True)]
+    # A window narrower than the span hides keys from its last queries: that is not plainly causal.
+    causal = [p for p in parts if not p.few and p.low == p.span.start and not 0 < window < p.span.count]
+    groups = [_few(group, memory, window) for group in _split([part for part in parts if part.few])]
+    groups += [_causal(group, memory) for group in _split(causal)]
+    long = [_long(part, memory) for part in parts if not part.few and part not in causal]
+    return Plan(groups, long, common)
+
+
+def _split(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """Groups of equally many queries in which padding at most doubles the keys, and which fit the scratch limit."""
+    groups: list[list[_Part]] = []
+    length = 0
+    for part in sorted(parts, key=lambda part: (part.span.count, -part.length)):
+        fits = groups and part.span.count == groups[-1][0].span.count and 2 * part.length >= length
+        if not fits or (len(groups[-1]) + 1) * length > GROUP_TOKENS:
+            groups.append([])
+            length = part.length
+        groups[-1].append(part)
+    return groups
+
+
+def _both(rows: np.ndarray, memory: KvMemory) -> torch.Tensor:
+    """Rows of K, then of V, as an index on the device."""
+    flat = rows.reshape(-1)
+    return torch.from_numpy(np.stack((flat, flat + memory.value_offset))).to(memory.rows.device)
+
+
+def _packed(parts: Sequence[_Part], memory: KvMemory) -> torch.Tensor:
+    """The packed rows of the queries."""
+    return _rows_of([part.span for part in parts], memory)
+
+
+def _rows_of(spans: Sequence[Span], memory: KvMemory) -> torch.Tensor:
+    rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
+    return torch.from_numpy(rows).to(memory.rows.device)
+
+
+def _common(spans: Sequence[Span], low: int, high: int, memory: KvMemory) -> Group:
+    return Group(1, _rows_of(spans, memory), _both(spans[0].rows[low:high], memory))
+
+
+def _few(parts: Sequence[_Part], memory: KvMemory, window: int) -> Group:
+    length, queries = max(part.length for part in parts), parts[0].span.count
+    keys = np.full((len(parts), length), memory.zero_row, np.int64)
+    for place, part in enumerate(parts):
+        keys[place, : part.length] = part.span.rows[part.low :]
+    # How far each key lies behind each query; padding lies ahead of all of them.
+    at = np.array([part.span.start - part.low for part in parts])[:, None] + np.arange(queries)
+    behind = at[:, :, None] - np.arange(length)
+    hidden = (behind < 0) | (behind >= window) if window else behind < 0
+    mask = None
+    if hidden.any():
+        bias = np.zeros(hidden.shape, np.float32)
+        bias[hidden] = -np.inf
+        mask = torch.from_numpy(bias).to(memory.rows.device, memory.rows.dtype)[:, None]
+    return Group(len(parts), _packed(parts, memory), _both(keys, memory), mask)
+
+
+def _causal(parts: Sequence[_Part], memory: KvMemory) -> Group:
+    keys = np.stack([part.span.rows[part.low :] for part in parts])
+    return Group(len(parts), _packed(parts, memory), _both(keys, memory), causal=True)
+
+
+def _long(part: _Part, memory: KvMemory) -> Long:
+    span = part.span
+    return Long(span.first, span.count, span.start, part.low, _both(span.rows[part.low :], memory))
