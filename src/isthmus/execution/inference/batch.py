@@ -70,7 +70,8 @@ class StateWork:
 class SequenceSlice:
     """One request's part of a step. `blocks` cover positions [0, start + len(token_ids)) in order.
 
-    `state` is there for hybrid models and only then.
+    `state` is there for hybrid models and only then. `serial` is the sequence's own number in its engine, never given
+    twice (a request's id may come again); 0 when it is not known.
     """
 
     request_id: str
@@ -81,6 +82,7 @@ class SequenceSlice:
     drafts: int = 0
     hidden: bool = False
     state: StateWork | None = None
+    serial: int = 0
 
     @property
     def end(self) -> int:

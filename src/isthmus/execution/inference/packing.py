@@ -37,7 +37,7 @@ def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory |
     _check_states(batch, states)
     for part in batch.slices:
         _check(part, decoder, memory)
-        spans.append(Span(first, len(part.token_ids), part.start, _rows(part, memory)))
+        spans.append(Span(first, len(part.token_ids), part.start, _rows(part, memory), part.serial))
         first += len(part.token_ids)
     tile = decoder.kernels.row_tile
     padded = -(-first // tile) * tile

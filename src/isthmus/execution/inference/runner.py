@@ -40,6 +40,9 @@ SMALL_STEP = 100_000_000
 """Parameters times tokens of a step under which one thread beats several: waking the others costs more than they do
 (measured: 2.1 against 4.4 ms a step at 9.6 million parameters and 1 token, even at 12 tokens)."""
 
+COPIES_SHARE = 4
+"""Copies of decoding sequences take at most this part of the block pool's memory, besides it."""
+
 Progress = Callable[[str, float], None]
 
 
@@ -175,7 +178,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         precise=layout.precise,
         ignored_prefix=layout.ignored_prefix,
     )
-    kernels = exact_kernels() if settings.exact else default_kernels(device, dtype)
+    kernels = exact_kernels() if settings.exact else default_kernels(device, dtype, settings.kv_bytes // COPIES_SHARE)
     profile = StepProfile()
     if settings.profile:
         kernels = profiled(kernels, profile)
@@ -216,9 +219,9 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
     return runner
 
 
-def default_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest kernels in plain PyTorch for a device."""
-    return Kernels(dense_linear(device, dtype), GatheredAttention(), rms_norm, swiglu, row_tile=1)
+def default_kernels(device: torch.device, dtype: torch.dtype, copies_bytes: int = 0) -> Kernels:
+    """The fastest kernels in plain PyTorch for a device; see `GatheredAttention` for `copies_bytes`."""
+    return Kernels(dense_linear(device, dtype), GatheredAttention(copies_bytes), rms_norm, swiglu, row_tile=1)
 
 
 def _device(settings: EngineSettings) -> torch.device:

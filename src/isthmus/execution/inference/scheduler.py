@@ -16,6 +16,8 @@ recomputes what is not cached any more. The first in the order always fits alone
 - free + cached + leased == total after every call, for blocks and for state slots.
 """
 
+import itertools
+
 from isthmus.contracts.events import EngineStats, ErrorInfo, Finish, ModelInfo, RequestOutput
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
@@ -58,6 +60,7 @@ class Scheduler:
         self._admission = Admission(info, settings)
         self._counters = Counters()
         self._ended: list[RequestOutput] = []
+        self._serials = itertools.count(1)
 
     # ---- requests in and out
 
@@ -68,7 +71,7 @@ class Scheduler:
         if refusal is not None:
             self._counters.rejected += 1
             return refusal
-        sequence = Sequence(request, self._info.block_tokens, self._format_digest, now)
+        sequence = Sequence(request, self._info.block_tokens, self._format_digest, now, next(self._serials))
         self._all[sequence.id] = sequence
         self._waiting.push(sequence)
         if self._masks is not None and request.constraint is not None:

@@ -32,10 +32,13 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """A request with what the engine knows about it. Changed by the scheduler only."""
+    """A request with what the engine knows about it. Changed by the scheduler only. `serial`: never given twice."""
 
-    def __init__(self, request: EngineRequest, block_tokens: int, format_digest: bytes, now: float) -> None:
+    def __init__(
+        self, request: EngineRequest, block_tokens: int, format_digest: bytes, now: float, serial: int = 0
+    ) -> None:
         self.request = request
+        self.serial = serial
         self.id: RequestId = request.request_id
         self.state = State.WAITING
         self.history = TokenHistory(request.prompt_ids, list(request.output_ids))
@@ -122,7 +125,9 @@ class Sequence:
             sample = SampleTask(params, len(self.history.output), self.history, banned, until, digest, masks)
         hidden = last and self.request.work is Work.EMBED
         tokens = self._tokens[self.computed : end] + drafts
-        return SequenceSlice(self.id, tokens, self.computed, list(lease.blocks), sample, len(drafts), hidden)
+        return SequenceSlice(
+            self.id, tokens, self.computed, list(lease.blocks), sample, len(drafts), hidden, serial=self.serial
+        )
 
     def advance(self, part: SequenceSlice, result: SliceResult) -> None:
         """Take what a step computed: its positions are valid up to the last accepted draft."""

@@ -14,13 +14,15 @@ from isthmus.execution.inference.kv_memory import KvMemory
 class Span:
     """Rows [first, first + count) of the packed step are positions [start, start + count) of one sequence.
 
-    `rows` [start + count] int64: the K row of layer 0 of each of its positions in the KV memory.
+    `rows` [start + count] int64: the K row of layer 0 of each of its positions in the KV memory. `serial` is the
+    sequence's own number, never given twice; 0 when it is not known.
     """
 
     first: int
     count: int
     start: int
     rows: np.ndarray
+    serial: int = 0
 
     @property
     def end(self) -> int:

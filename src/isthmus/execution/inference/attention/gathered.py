@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from isthmus.execution.inference.attention.base import Span, StepAttention
+from isthmus.execution.inference.attention.mirror import Mirror, Mirrored
 from isthmus.execution.inference.attention.plan import Group, Long, Plan, make_plan
 from isthmus.execution.inference.attention.shared import merge
 from isthmus.execution.inference.kv_memory import KvMemory
@@ -17,13 +18,27 @@ from isthmus.execution.inference.kv_memory import KvMemory
 QUERY_CHUNK = 512
 
 
+LEAST_FOLDED = 4
+"""Sequences from which on one product for all heads keeps the threads busy."""
+WIDEST_FOLDED = 512
+"""Elements of K of a token up to which that product costs less than a product a head."""
+
+
 class GatheredAttention:
-    """See the module. Works on any device that has SDPA."""
+    """See the module. Works on any device that has SDPA. Up to `copies_bytes` of decoding sequences are kept in one
+    piece each, on a CPU (mirror.py).
+    """
+
+    def __init__(self, copies_bytes: int = 0) -> None:
+        self._copies_bytes = copies_bytes
+        self._mirror: Mirror | None = None
 
     def plan(self, spans: Sequence[Span], memory: KvMemory, heads: int) -> StepAttention:
         """See `AttentionBackend`."""
         del heads
-        return _GatheredStep(memory, spans)
+        if self._mirror is None and self._copies_bytes and memory.rows.device.type == "cpu":
+            self._mirror = Mirror(memory, self._copies_bytes)
+        return _GatheredStep(memory, spans, self._mirror)
 
 
 class _Result:
@@ -58,8 +73,9 @@ class _Result:
 class _GatheredStep:
     """The plan of one step."""
 
-    def __init__(self, memory: KvMemory, spans: Sequence[Span]) -> None:
+    def __init__(self, memory: KvMemory, spans: Sequence[Span], mirror: Mirror | None) -> None:
         self._memory = memory
+        self._mirror = mirror
         self._spans = spans
         self._rows = sum(span.count for span in spans)
         self._plans: dict[int, Plan] = {}
@@ -69,8 +85,11 @@ class _GatheredStep:
         """See `StepAttention`."""
         plan = self._plans.get(window)
         if plan is None:
-            plan = self._plans[window] = make_plan(self._spans, self._memory, window, merging=self._merging)
+            plan = make_plan(self._spans, self._memory, window, merging=self._merging, mirror=self._mirror)
+            self._plans[window] = plan
         result = _Result(query, every_row=self._rows == query.shape[0], merged=bool(plan.common))
+        for mirrored in plan.mirrored:
+            result.put(mirrored.rows, *self._mirrored(layer, query, mirrored))
         for group in plan.groups:
             result.put(group.rows, *(self._causal if group.causal else self._folded)(layer, query, group))
         for part in plan.long:
@@ -106,6 +125,28 @@ class _GatheredStep:
             lse = lse.reshape(sequences, kv_heads, shared, queries).permute(0, 3, 1, 2).reshape(-1, heads)
         return mixed.reshape(-1, heads, head_dim), lse
 
+    def _mirrored(
+        self, layer: int, query: torch.Tensor, mirrored: Mirrored
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One query a sequence: [rows, heads, head_dim], and the log-sum-exp [rows, heads]."""
+        key, value = mirrored.keys_values(layer, self._memory)
+        picked = query.index_select(0, mirrored.rows)
+        count, heads, head_dim = picked.shape
+        kv_heads = self._memory.kv_heads
+        shared, width = heads // kv_heads, kv_heads * head_dim
+        if count < LEAST_FOLDED or width > WIDEST_FOLDED:
+            split = (count, mirrored.length, kv_heads, head_dim)
+            key, value = (one.view(split).transpose(1, 2) for one in (key, value))
+            mixed, lse = _attend(picked.view(count, kv_heads, shared, head_dim), key, value, mirrored.mask)
+        else:
+            # All heads as rows of one product: each row is zero but where the K of its head is.
+            own = torch.eye(kv_heads, dtype=query.dtype, device=query.device).view(1, kv_heads, 1, kv_heads, 1)
+            rows = (picked.view(count, kv_heads, shared, 1, head_dim) * own).view(count, 1, heads, width)
+            mixed, lse = _attend(rows, key[:, None], value[:, None], mirrored.mask, scale=head_dim**-0.5)
+            mixed = mixed.reshape(count, kv_heads, shared, kv_heads, head_dim).diagonal(dim1=1, dim2=3)
+            mixed = mixed.permute(0, 3, 1, 2)
+        return mixed.reshape(count, heads, head_dim), None if lse is None else lse.reshape(count, heads)
+
     def _causal(self, layer: int, query: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sequences of one length, each query of which sees the keys up to its own."""
         key, value = self._gather(layer, group.keys, group.sequences)
@@ -137,14 +178,20 @@ def _unfold(mixed: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, causal: bool = False
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SDPA, and on a CPU its log-sum-exp [sequences, heads, queries] float32. Heads may share K and V."""
     if query.device.type != "cpu":
         grouped = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped), None
+        out = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return out, None
     # What SDPA calls on a CPU; the public function keeps the log-sum-exp to itself.
-    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
-        query, key, value, is_causal=causal, attn_mask=mask
+    return torch._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+        query, key, value, is_causal=causal, attn_mask=mask, scale=scale
     )
-    return out, lse

@@ -5,6 +5,7 @@ SDPA a group. Padding reads the zero row of the memory and is masked. Long spans
 grouped when they have one length; the others go one by one.
 - With a sliding window only the keys that some query of a span sees are read.
 - With `merging`, where SDPA gives the log-sum-exp, keys that sequences share are read once for all of them (shared.py).
+- With a `mirror`, sequences that decode are read from its copies rather than gathered (mirror.py).
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from isthmus.execution.inference.attention.base import Span
+from isthmus.execution.inference.attention.mirror import Mirror, Mirrored
 from isthmus.execution.inference.attention.shared import find_shared
 from isthmus.execution.inference.kv_memory import KvMemory
 
@@ -51,8 +53,9 @@ class Long:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every row is in one of `groups` and `long`. What `common` gives is merged with that."""
+    """Every row is in one of `mirrored`, `groups` and `long`. What `common` gives is merged with that."""
 
+    mirrored: Sequence[Mirrored]
     groups: Sequence[Group]
     long: Sequence[Long]
     common: Sequence[Group]
@@ -76,20 +79,26 @@ class _Part:
         return self.span.count <= SHORT_QUERY
 
 
-def make_plan(spans: Sequence[Span], memory: KvMemory, window: int, *, merging: bool) -> Plan:
+def make_plan(
+    spans: Sequence[Span], memory: KvMemory, window: int, *, merging: bool, mirror: Mirror | None = None
+) -> Plan:
     """The plan of a step for the layers of one window, 0 for none."""
     common: list[Group] = []
     low = [span.first_key(window) for span in spans]
     if merging and not window:
         shared, low = find_shared(spans)
         common = [_common([spans[member] for member in part.members], part.low, part.high, memory) for part in shared]
-    parts = [_Part(span, first) for span, first in zip(spans, low, strict=True)]
+    mirrored: list[Mirrored] = []
+    taken: set[int] = set()
+    if mirror is not None and not window:
+        mirrored, taken = mirror.place(spans, low)
+    parts = [_Part(spans[place], low[place]) for place in range(len(spans)) if place not in taken]
     # A window narrower than the span hides keys from its last queries: that is not plainly causal.
     causal = [p for p in parts if not p.few and p.low == p.span.start and not 0 < window < p.span.count]
     groups = [_few(group, memory, window) for group in _split([part for part in parts if part.few])]
     groups += [_causal(group, memory) for group in _split(causal)]
     long = [_long(part, memory) for part in parts if not part.few and part not in causal]
-    return Plan(groups, long, common)
+    return Plan(mirrored, groups, long, common)
 
 
 def _split(parts: Sequence[_Part]) -> list[list[_Part]]:
