@@ -32,6 +32,7 @@ class KvMemory:
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self._pool = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = self._pool.view(-1, kv_heads * head_dim)
+        self._offsets = torch.arange(layers, device=device)[:, None] * (2 * block_tokens)
 
     @property
     def block_rows(self) -> int:
@@ -46,6 +47,10 @@ class KvMemory:
     def layer_offset(self, layer: int) -> int:
         """What to add to a row of layer 0 for the same token in `layer`."""
         return layer * 2 * self.block_tokens
+
+    def in_layers(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows, given for layer 0, in each layer: flat, made in one operation."""
+        return (rows.reshape(1, -1) + self._offsets).unbind(0)
 
     @property
     def value_offset(self) -> int:

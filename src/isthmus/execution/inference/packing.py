@@ -55,7 +55,7 @@ def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory |
         tokens=torch.from_numpy(tokens).to(device),
         cos=decoder.cos.index_select(0, index),
         sin=decoder.sin.index_select(0, index),
-        write=torch.from_numpy(np.stack((write, write + memory.value_offset))).to(device),
+        write=memory.in_layers(torch.from_numpy(np.stack((write, write + memory.value_offset))).to(device)),
         real_rows=first,
         attention=decoder.kernels.attention.plan(spans, memory, decoder.config.heads),
         states=_states(batch, spans, decoder, states),

@@ -87,6 +87,9 @@ class _GatheredStep:
         if plan is None:
             plan = make_plan(self._spans, self._memory, window, merging=self._merging, mirror=self._mirror)
             self._plans[window] = plan
+        whole = plan.whole(query.shape[0])
+        if whole is not None:
+            return self._mirrored(layer, query, whole)[0]
         result = _Result(query, every_row=self._rows == query.shape[0], merged=bool(plan.common))
         for mirrored in plan.mirrored:
             result.put(mirrored.rows, *self._mirrored(layer, query, mirrored))
@@ -99,11 +102,10 @@ class _GatheredStep:
             result.merge(common.rows, *self._folded(layer, query, common))
         return result.tensor()
 
-    def _gather(self, layer: int, keys: torch.Tensor, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, layer: int, keys: Sequence[torch.Tensor], sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each [sequences, kv_heads, length, head_dim] (strided)."""
         memory = self._memory
-        index = (keys + memory.layer_offset(layer)).view(-1)
-        both = memory.rows.index_select(0, index).view(2, sequences, -1, memory.kv_heads, memory.head_dim)
+        both = memory.rows.index_select(0, keys[layer]).view(2, sequences, -1, memory.kv_heads, memory.head_dim)
         return both[0].transpose(1, 2), both[1].transpose(1, 2)
 
     def _folded(self, layer: int, query: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -130,7 +132,7 @@ class _GatheredStep:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One query a sequence: [rows, heads, head_dim], and the log-sum-exp [rows, heads]."""
         key, value = mirrored.keys_values(layer, self._memory)
-        picked = query.index_select(0, mirrored.rows)
+        picked = query[: mirrored.rows.numel()] if mirrored.ordered else query.index_select(0, mirrored.rows)
         count, heads, head_dim = picked.shape
         kv_heads = self._memory.kv_heads
         shared, width = heads // kv_heads, kv_heads * head_dim

@@ -39,13 +39,15 @@ class _Copy:
 class Mirrored:
     """Decoding sequences whose keys lie in one piece each.
 
-    `rows` [n] packed rows; `fresh` [2n] rows (layer 0) of the K, then of the V of this step, to be written to the
-    places `into` of a layer's [2 * slots * capacity] tokens; `mask` [n, 1, 1, length] additive, None if all are equal.
+    `rows` [n] packed rows, `ordered` when they are 0, 1, 2 and so on; `fresh` for each layer [2n] rows of the K, then
+    of the V of this step, to be written to the places `into` of a layer's [2 * slots * capacity] tokens; `mask`
+    [n, 1, 1, length] additive, None if all are equal.
     """
 
     tokens: torch.Tensor  # [layers, 2, slots, capacity, kv_heads * head_dim]
     rows: torch.Tensor
-    fresh: torch.Tensor
+    ordered: bool
+    fresh: Sequence[torch.Tensor]
     into: torch.Tensor
     length: int
     mask: torch.Tensor | None
@@ -53,7 +55,7 @@ class Mirrored:
     def keys_values(self, layer: int, memory: KvMemory) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a layer, this step's with them, each [n, length, kv_heads * head_dim] (strided)."""
         tokens = self.tokens[layer]
-        fresh = memory.rows.index_select(0, self.fresh + memory.layer_offset(layer))
+        fresh = memory.rows.index_select(0, self.fresh[layer])
         tokens.view(-1, tokens.shape[-1]).index_copy_(0, self.into, fresh)
         both = tokens[:, : self.rows.numel(), : self.length]
         return both[0], both[1]
@@ -176,11 +178,10 @@ class _Shelf:
     def _fill(self, slot: int, rows: np.ndarray) -> None:
         """Copy the tokens in `rows` (layer 0) into a slot, for all layers."""
         memory = self._memory
-        keys = torch.from_numpy(rows).to(memory.rows.device)
-        for layer in range(memory.layers):
-            for part, offset in enumerate((0, memory.value_offset)):
-                index = keys + (memory.layer_offset(layer) + offset)
-                self._tokens[layer, part, slot, : rows.size] = memory.rows.index_select(0, index)
+        both = torch.from_numpy(np.stack((rows, rows + memory.value_offset))).to(memory.rows.device)
+        for layer, index in enumerate(memory.in_layers(both)):
+            found = memory.rows.index_select(0, index).view(2, rows.size, -1)
+            self._tokens[layer, :, slot, : rows.size] = found
         self._filled(slot, rows.size)
 
     def _filled(self, slot: int, length: int) -> None:
@@ -202,6 +203,7 @@ class _Shelf:
         places = np.array([span.start - copy.low for span, copy in zip(spans, self.copies, strict=True)])
         into = np.arange(len(spans)) * capacity + places
         fresh = np.array([span.rows[span.start] for span in spans])
+        rows = np.array([span.first for span in spans])
         length = int(places.max()) + 1
         self._clear(length)
         mask = None
@@ -212,8 +214,9 @@ class _Shelf:
         device = memory.rows.device
         return Mirrored(
             tokens=self._tokens,
-            rows=torch.from_numpy(np.array([span.first for span in spans])).to(device),
-            fresh=torch.from_numpy(np.concatenate((fresh, fresh + memory.value_offset))).to(device),
+            rows=torch.from_numpy(rows).to(device),
+            ordered=bool((rows == np.arange(rows.size)).all()),
+            fresh=memory.in_layers(torch.from_numpy(np.stack((fresh, fresh + memory.value_offset))).to(device)),
             into=torch.from_numpy(np.concatenate((into, into + reserved * capacity))).to(device),
             length=length,
             mask=mask,

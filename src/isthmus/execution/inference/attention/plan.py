@@ -30,7 +30,7 @@ class Group:
 
     sequences: int
     rows: torch.Tensor  # [sequences * queries] packed rows
-    keys: torch.Tensor  # [2, sequences * length] rows of K and V in layer 0
+    keys: Sequence[torch.Tensor]  # for each layer [2 * sequences * length]: rows of K, then of V
     mask: torch.Tensor | None = None  # [sequences, 1, queries, length], additive
     causal: bool = False  # the first query sees the first key only, and so on
 
@@ -48,7 +48,7 @@ class Long:
     count: int
     start: int
     low: int
-    keys: torch.Tensor  # [2, length]
+    keys: Sequence[torch.Tensor]  # for each layer [2 * length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,12 @@ class Plan:
     groups: Sequence[Group]
     long: Sequence[Long]
     common: Sequence[Group]
+
+    def whole(self, rows: int) -> Mirrored | None:
+        """The decoding sequences, when they are all there is and in the order of the packed rows."""
+        if len(self.mirrored) != 1 or self.groups or self.long or self.common:
+            return None
+        return self.mirrored[0] if self.mirrored[0].ordered and self.mirrored[0].rows.numel() == rows else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +120,11 @@ def _split(parts: Sequence[_Part]) -> list[list[_Part]]:
     return groups
 
 
-def _both(rows: np.ndarray, memory: KvMemory) -> torch.Tensor:
-    """Rows of K, then of V, as an index on the device."""
+def _both(rows: np.ndarray, memory: KvMemory) -> Sequence[torch.Tensor]:
+    """For each layer rows of K, then of V, as an index on the device."""
     flat = rows.reshape(-1)
-    return torch.from_numpy(np.stack((flat, flat + memory.value_offset))).to(memory.rows.device)
+    both = torch.from_numpy(np.stack((flat, flat + memory.value_offset)))
+    return memory.in_layers(both.to(memory.rows.device))
 
 
 def _packed(parts: Sequence[_Part], memory: KvMemory) -> torch.Tensor:

@@ -61,7 +61,7 @@ class SelfAttention:
             turned = torch.cat((query, self._norm(split[:, heads:pair], self._norms[1], self._eps)), 1)
         turned = rotate_first(turned, step.cos, step.sin)
         fresh = torch.stack((turned[:real, heads:].flatten(1), split[:real, pair:end].flatten(1))).flatten(0, 1)
-        memory.rows.index_copy_(0, (step.write + memory.layer_offset(self._slot)).view(-1), fresh)
+        memory.rows.index_copy_(0, step.write[self._slot], fresh)
         mixed = step.attention(self._slot, turned[:, :heads], self._window).flatten(1)
         if self._gated:
             mixed = mixed * self._sigmoid(split[:, end:].flatten(1))

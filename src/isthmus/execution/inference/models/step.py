@@ -1,6 +1,6 @@
 """What one step of a model is computed from: the kernels, and the tensors that every layer shares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ class StepTensors:
     tokens: torch.Tensor  # [rows] int64
     cos: torch.Tensor  # [rows, 1, rotary_dim]
     sin: torch.Tensor
-    write: torch.Tensor  # [2, real rows] rows of K and V in layer 0 of the memory
+    write: Sequence[torch.Tensor]  # for each layer of the memory [2 * real rows]: rows of K, then of V
     real_rows: int
     attention: StepAttention
     states: StepStates | None = None
