@@ -206,9 +206,9 @@ def test_memory_is_bounded_and_given_back() -> None:
     rows = [np.arange(place * 100, place * 100 + 100) for place in range(5)]
     spans = [Span(place, 1, 99, rows[place], place + 1) for place in range(5)]
     site.memory.rows[:] = 0.0
-    batches, taken = made.place(spans, [0] * 5)
+    batches, taken = made.place(spans, [0] * 5, 5)
     assert len(taken) == 3
-    assert [batch.rows.numel() for batch in batches] == [3]
+    assert [batch.sequences for batch in batches] == [3]
     assert made.bytes <= 3 * 256 * token
-    batches, taken = made.place([], [])
+    batches, taken = made.place([], [], 0)
     assert (batches, taken, made.bytes, made.sequences) == ([], set(), 0, 0)

@@ -34,6 +34,14 @@ class Span:
         return max(0, self.start - window + 1) if window else 0
 
 
+def packed_rows(spans: Sequence[Span], total: int, device: torch.device) -> torch.Tensor | None:
+    """The packed rows of the spans' queries, one span after the other; None when they are all `total` rows in order."""
+    rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
+    if rows.size == total and bool((rows == np.arange(total)).all()):
+        return None
+    return torch.from_numpy(rows).to(device)
+
+
 class StepAttention(Protocol):
     """Attention of one step, for each layer in turn. K and V of the step are in the memory already."""
 

@@ -42,32 +42,45 @@ class GatheredAttention:
 
 
 class _Result:
-    """Where the parts of a step put their results; with log-sum-exps when others are to be merged with them."""
+    """Where the parts of a step put their results; with log-sum-exps when others are to be merged with them.
 
-    def __init__(self, query: torch.Tensor, *, every_row: bool, merged: bool) -> None:
-        kind = torch.float32 if merged else query.dtype
-        new = torch.empty if every_row else torch.zeros
-        self._out = new(query.shape, dtype=kind, device=query.device)
-        self._lse = new(query.shape[:2], dtype=torch.float32, device=query.device) if merged else None
-        self._dtype = query.dtype
+    `rows` None stands for all rows in order: then nothing is copied.
+    """
 
-    def put(self, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    def __init__(self, query: torch.Tensor, *, merged: bool) -> None:
+        self._query = query
+        self._merged = merged
+        self._out: torch.Tensor | None = None
+        self._lse: torch.Tensor | None = None
+
+    def put(self, rows: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """The first result for `rows`: [rows, heads, head_dim], [rows, heads]."""
-        self._out.index_copy_(0, rows, out.to(self._out.dtype))
+        out = out.float() if self._merged else out
+        if rows is None:
+            self._out, self._lse = out, lse
+            return
+        if self._out is None:
+            self._out = torch.empty(self._query.shape, dtype=out.dtype, device=out.device)
+            if self._merged and lse is not None:
+                self._lse = torch.empty(self._query.shape[:2], dtype=lse.dtype, device=lse.device)
+        self._out.index_copy_(0, rows, out)
         if self._lse is not None and lse is not None:
             self._lse.index_copy_(0, rows, lse)
 
-    def merge(self, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    def merge(self, rows: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """The result over further keys."""
-        if self._lse is None or lse is None:
+        if self._out is None or self._lse is None or lse is None:
             raise ValueError("nothing was to be merged")
+        if rows is None:
+            merge(self._out, self._lse, out.float(), lse)
+            return
         had, had_lse = self._out.index_select(0, rows), self._lse.index_select(0, rows)
         merge(had, had_lse, out.float(), lse)
         self.put(rows, had, had_lse)
 
     def tensor(self) -> torch.Tensor:
         """The whole, in the query's dtype."""
-        return self._out.to(self._dtype)
+        return torch.zeros_like(self._query) if self._out is None else self._out.to(self._query.dtype)
 
 
 class _GatheredStep:
@@ -87,10 +100,14 @@ class _GatheredStep:
         if plan is None:
             plan = make_plan(self._spans, self._memory, window, merging=self._merging, mirror=self._mirror)
             self._plans[window] = plan
-        whole = plan.whole(query.shape[0])
-        if whole is not None:
-            return self._mirrored(layer, query, whole)[0]
-        result = _Result(query, every_row=self._rows == query.shape[0], merged=bool(plan.common))
+        if self._rows == query.shape[0]:
+            return self._attention(layer, query, plan, window)
+        out = torch.zeros_like(query)
+        out[: self._rows] = self._attention(layer, query[: self._rows], plan, window)
+        return out
+
+    def _attention(self, layer: int, query: torch.Tensor, plan: Plan, window: int) -> torch.Tensor:
+        result = _Result(query, merged=bool(plan.common))
         for mirrored in plan.mirrored:
             result.put(mirrored.rows, *self._mirrored(layer, query, mirrored))
         for group in plan.groups:
@@ -117,7 +134,7 @@ class _GatheredStep:
         key, value = self._gather(layer, group.keys, sequences)
         heads, kv_heads, head_dim = query.shape[1], self._memory.kv_heads, self._memory.head_dim
         shared = heads // kv_heads
-        picked = query.index_select(0, group.rows).view(sequences, queries, kv_heads, shared, head_dim)
+        picked = _pick(query, group.rows).view(sequences, queries, kv_heads, shared, head_dim)
         folded = picked.permute(0, 2, 3, 1, 4).reshape(sequences, kv_heads, shared * queries, head_dim)
         if mask is not None and queries > 1:
             mask = mask.repeat(1, 1, shared, 1)
@@ -132,7 +149,7 @@ class _GatheredStep:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One query a sequence: [rows, heads, head_dim], and the log-sum-exp [rows, heads]."""
         key, value = mirrored.keys_values(layer, self._memory)
-        picked = query[: mirrored.rows.numel()] if mirrored.ordered else query.index_select(0, mirrored.rows)
+        picked = _pick(query, mirrored.rows)
         count, heads, head_dim = picked.shape
         kv_heads = self._memory.kv_heads
         shared, width = heads // kv_heads, kv_heads * head_dim
@@ -152,7 +169,7 @@ class _GatheredStep:
     def _causal(self, layer: int, query: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sequences of one length, each query of which sees the keys up to its own."""
         key, value = self._gather(layer, group.keys, group.sequences)
-        rows = query.index_select(0, group.rows).view(group.sequences, group.queries, *query.shape[1:]).transpose(1, 2)
+        rows = _pick(query, group.rows).view(group.sequences, group.queries, *query.shape[1:]).transpose(1, 2)
         return _unfold(*_attend(rows, key, value, None, causal=True))
 
     def _prefill(
@@ -172,6 +189,10 @@ class _GatheredStep:
             kept = slice(first - part.low, end - part.low)
             found = _unfold(*_attend(rows, key[:, :, kept], value[:, :, kept], mask))
             yield torch.arange(part.first + low, part.first + high, device=device), *found
+
+
+def _pick(query: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return query if rows is None else query.index_select(0, rows)
 
 
 def _unfold(mixed: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

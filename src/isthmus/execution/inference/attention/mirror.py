@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from isthmus.execution.inference.attention.base import Span
+from isthmus.execution.inference.attention.base import Span, packed_rows
 from isthmus.execution.inference.kv_memory import KvMemory
 
-LEAST_TOKENS = 64
+LEAST_TOKENS = 16
 """Keys of its own under which a sequence is not worth a copy."""
 SMALLEST = 256
 """The least capacity of a place, in tokens."""
@@ -39,14 +39,14 @@ class _Copy:
 class Mirrored:
     """Decoding sequences whose keys lie in one piece each.
 
-    `rows` [n] packed rows, `ordered` when they are 0, 1, 2 and so on; `fresh` for each layer [2n] rows of the K, then
-    of the V of this step, to be written to the places `into` of a layer's [2 * slots * capacity] tokens; `mask`
+    `rows` [n] packed rows, None for all rows of the step in order; `fresh` for each layer [2n] rows of the K, then of
+    the V of this step, to be written to the places `into` of a layer's [2 * slots * capacity] tokens; `mask`
     [n, 1, 1, length] additive, None if all are equal.
     """
 
     tokens: torch.Tensor  # [layers, 2, slots, capacity, kv_heads * head_dim]
-    rows: torch.Tensor
-    ordered: bool
+    sequences: int
+    rows: torch.Tensor | None
     fresh: Sequence[torch.Tensor]
     into: torch.Tensor
     length: int
@@ -57,7 +57,7 @@ class Mirrored:
         tokens = self.tokens[layer]
         fresh = memory.rows.index_select(0, self.fresh[layer])
         tokens.view(-1, tokens.shape[-1]).index_copy_(0, self.into, fresh)
-        both = tokens[:, : self.rows.numel(), : self.length]
+        both = tokens[:, : self.sequences, : self.length]
         return both[0], both[1]
 
 
@@ -80,8 +80,8 @@ class Mirror:
         """Memory reserved."""
         return self._token_bytes * sum(shelf.reserved for shelf in self._shelves.values())
 
-    def place(self, spans: Sequence[Span], low: Sequence[int]) -> tuple[list[Mirrored], set[int]]:
-        """For a step: the sequences that decode from copies, and their places in `spans`.
+    def place(self, spans: Sequence[Span], low: Sequence[int], total: int) -> tuple[list[Mirrored], set[int]]:
+        """For a step of `total` rows: the sequences that decode from copies, and their places in `spans`.
 
         `low` is where the own keys of each span begin. Copies of sequences that are not among them are dropped.
         """
@@ -105,7 +105,7 @@ class Mirror:
             self._shelves[capacity] = shelf
             order = {copy.serial: slot for slot, copy in enumerate(shelf.copies)}
             kept.sort(key=lambda place: order[spans[place].serial])
-            found.append(shelf.step([spans[place] for place in kept]))
+            found.append(shelf.step([spans[place] for place in kept], total))
             taken.update(kept)
         return found, taken
 
@@ -197,13 +197,12 @@ class _Shelf:
                 self._tokens[:, :, slot, self._clean[slot] : length] = 0
                 self._clean[slot] = length
 
-    def step(self, spans: Sequence[Span]) -> Mirrored:
+    def step(self, spans: Sequence[Span], total: int) -> Mirrored:
         """What the step reads and writes; `spans` in the order of the slots."""
         memory, capacity, reserved = self._memory, self._capacity, int(self._tokens.shape[2])
         places = np.array([span.start - copy.low for span, copy in zip(spans, self.copies, strict=True)])
         into = np.arange(len(spans)) * capacity + places
         fresh = np.array([span.rows[span.start] for span in spans])
-        rows = np.array([span.first for span in spans])
         length = int(places.max()) + 1
         self._clear(length)
         mask = None
@@ -214,8 +213,8 @@ class _Shelf:
         device = memory.rows.device
         return Mirrored(
             tokens=self._tokens,
-            rows=torch.from_numpy(rows).to(device),
-            ordered=bool((rows == np.arange(rows.size)).all()),
+            sequences=len(spans),
+            rows=packed_rows(spans, total, device),
             fresh=memory.in_layers(torch.from_numpy(np.stack((fresh, fresh + memory.value_offset))).to(device)),
             into=torch.from_numpy(np.concatenate((into, into + reserved * capacity))).to(device),
             length=length,

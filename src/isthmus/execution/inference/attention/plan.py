@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from isthmus.execution.inference.attention.base import Span
+from isthmus.execution.inference.attention.base import Span, packed_rows
 from isthmus.execution.inference.attention.mirror import Mirror, Mirrored
-from isthmus.execution.inference.attention.shared import find_shared
+from isthmus.execution.inference.attention.shared import Shared, find_shared
 from isthmus.execution.inference.kv_memory import KvMemory
 
 SHORT_QUERY = 8
@@ -29,15 +29,11 @@ class Group:
     """Sequences with the same number of queries, padded to the same number of keys."""
 
     sequences: int
-    rows: torch.Tensor  # [sequences * queries] packed rows
+    queries: int  # of each sequence
+    rows: torch.Tensor | None  # [sequences * queries] packed rows; None for all rows of the step in order
     keys: Sequence[torch.Tensor]  # for each layer [2 * sequences * length]: rows of K, then of V
     mask: torch.Tensor | None = None  # [sequences, 1, queries, length], additive
     causal: bool = False  # the first query sees the first key only, and so on
-
-    @property
-    def queries(self) -> int:
-        """Queries of each sequence."""
-        return self.rows.numel() // self.sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +55,6 @@ class Plan:
     groups: Sequence[Group]
     long: Sequence[Long]
     common: Sequence[Group]
-
-    def whole(self, rows: int) -> Mirrored | None:
-        """The decoding sequences, when they are all there is and in the order of the packed rows."""
-        if len(self.mirrored) != 1 or self.groups or self.long or self.common:
-            return None
-        return self.mirrored[0] if self.mirrored[0].ordered and self.mirrored[0].rows.numel() == rows else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +80,20 @@ def make_plan(
 ) -> Plan:
     """The plan of a step for the layers of one window, 0 for none."""
     common: list[Group] = []
+    total = sum(span.count for span in spans)
     low = [span.first_key(window) for span in spans]
     if merging and not window:
         shared, low = find_shared(spans)
-        common = [_common([spans[member] for member in part.members], part.low, part.high, memory) for part in shared]
+        common = [_common(spans, part, total, memory) for part in shared]
     mirrored: list[Mirrored] = []
     taken: set[int] = set()
     if mirror is not None and not window:
-        mirrored, taken = mirror.place(spans, low)
+        mirrored, taken = mirror.place(spans, low, total)
     parts = [_Part(spans[place], low[place]) for place in range(len(spans)) if place not in taken]
     # A window narrower than the span hides keys from its last queries: that is not plainly causal.
     causal = [p for p in parts if not p.few and p.low == p.span.start and not 0 < window < p.span.count]
-    groups = [_few(group, memory, window) for group in _split([part for part in parts if part.few])]
-    groups += [_causal(group, memory) for group in _split(causal)]
+    groups = [_few(group, memory, window, total) for group in _split([part for part in parts if part.few])]
+    groups += [_causal(group, memory, total) for group in _split(causal)]
     long = [_long(part, memory) for part in parts if not part.few and part not in causal]
     return Plan(mirrored, groups, long, common)
 
@@ -127,21 +118,18 @@ def _both(rows: np.ndarray, memory: KvMemory) -> Sequence[torch.Tensor]:
     return memory.in_layers(both.to(memory.rows.device))
 
 
-def _packed(parts: Sequence[_Part], memory: KvMemory) -> torch.Tensor:
-    """The packed rows of the queries."""
-    return _rows_of([part.span for part in parts], memory)
+def _common(spans: Sequence[Span], part: Shared, total: int, memory: KvMemory) -> Group:
+    those = [spans[member] for member in part.members]
+    count = sum(span.count for span in those)
+    keys = _both(those[0].rows[part.low : part.high], memory)
+    return Group(1, count, packed_rows(those, total, memory.rows.device), keys)
 
 
-def _rows_of(spans: Sequence[Span], memory: KvMemory) -> torch.Tensor:
-    rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
-    return torch.from_numpy(rows).to(memory.rows.device)
+def _rows(parts: Sequence[_Part], total: int, memory: KvMemory) -> torch.Tensor | None:
+    return packed_rows([part.span for part in parts], total, memory.rows.device)
 
 
-def _common(spans: Sequence[Span], low: int, high: int, memory: KvMemory) -> Group:
-    return Group(1, _rows_of(spans, memory), _both(spans[0].rows[low:high], memory))
-
-
-def _few(parts: Sequence[_Part], memory: KvMemory, window: int) -> Group:
+def _few(parts: Sequence[_Part], memory: KvMemory, window: int, total: int) -> Group:
     length, queries = max(part.length for part in parts), parts[0].span.count
     keys = np.full((len(parts), length), memory.zero_row, np.int64)
     for place, part in enumerate(parts):
@@ -155,12 +143,13 @@ def _few(parts: Sequence[_Part], memory: KvMemory, window: int) -> Group:
         bias = np.zeros(hidden.shape, np.float32)
         bias[hidden] = -np.inf
         mask = torch.from_numpy(bias).to(memory.rows.device, memory.rows.dtype)[:, None]
-    return Group(len(parts), _packed(parts, memory), _both(keys, memory), mask)
+    return Group(len(parts), queries, _rows(parts, total, memory), _both(keys, memory), mask)
 
 
-def _causal(parts: Sequence[_Part], memory: KvMemory) -> Group:
+def _causal(parts: Sequence[_Part], memory: KvMemory, total: int) -> Group:
     keys = np.stack([part.span.rows[part.low :] for part in parts])
-    return Group(len(parts), _packed(parts, memory), _both(keys, memory), causal=True)
+    rows = _rows(parts, total, memory)
+    return Group(len(parts), parts[0].span.count, rows, _both(keys, memory), causal=True)
 
 
 def _long(part: _Part, memory: KvMemory) -> Long:
