@@ -7,7 +7,7 @@ time of pointwise operators over 2,048 rows (measured; docs/performance.md). mal
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_KEPT_BYTES = 512 * 1024 * 1024
+_KEPT_BYTES = 128 * 1024 * 1024
 _LARGEST_BYTES = 1024 * 1024 * 1024
 
 
@@ -17,7 +17,7 @@ def one_heap() -> bool:
 
 
 def keep_freed() -> bool:
-    """Keep up to 512 MiB of freed memory from now on. False where libc cannot.
+    """Keep up to 128 MiB of freed memory from now on. False where libc cannot.
 
     To be called once the model is loaded: pieces that loading needs go back to the kernel.
     """
