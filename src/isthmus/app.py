@@ -189,6 +189,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
     """The engine's share of the settings."""
     scheduler = SchedulerSettings(
         max_batch_tokens=settings.max_batch_tokens,
+        mixed_prompt_tokens=settings.mixed_prompt_tokens,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         ageing_s=settings.ageing_s,

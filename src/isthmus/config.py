@@ -102,6 +102,10 @@ class Settings:
     max_batch_tokens: int = _setting(
         2048, "Engine", "integer", "Tokens computed by one step; longer prompts go in chunks.", low=1, high=2**20
     )
+    mixed_prompt_tokens: int = _setting(
+        512, "Engine", "integer", "Tokens of prompts in a step in which other requests decode; they wait for it.",
+        low=1, high=2**20,
+    )  # fmt: skip
     max_running: int = _setting(64, "Engine", "integer", "Sequences computed at a time.", low=1, high=4096)
     max_waiting: int = _setting(
         512, "Engine", "integer", "Sequences queued beyond those; one more is answered 503.", low=1, high=2**20

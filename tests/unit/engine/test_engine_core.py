@@ -83,6 +83,18 @@ def test_requests_are_batched_and_decodes_are_never_crowded_out_by_a_long_prompt
     assert len(engine.tokens["a"]) == 4
 
 
+def test_prompts_take_less_of_a_step_in_which_others_decode() -> None:
+    engine = Harness(blocks=64, max_batch_tokens=20, mixed_prompt_tokens=6)
+    engine.submit("a", list(range(20)), max_tokens=3)
+    engine.take(engine.core.step())
+    engine.submit("b", [41, *range(13)], max_tokens=1)
+    engine.submit("c", [42, *range(13)], max_tokens=1)
+    engine.run()
+    steps = [{part.request_id: len(part.token_ids) for part in batch.slices} for batch in engine.runner.batches]
+    assert steps == [{"a": 20}, {"a": 1, "b": 6}, {"a": 1, "b": 6}, {"b": 2, "c": 14}]
+    assert engine.tokens["b"] == reference([41, *range(13)], 0, 1, 50)
+
+
 def test_a_second_request_reuses_the_first_one_s_full_blocks() -> None:
     engine = Harness()
     prompt = list(range(10))

@@ -1,14 +1,14 @@
 """The engine's heap: memory that a step's tensors leave is kept for the next step.
 
 glibc gives large freed pieces back to the kernel at once, and every step pays for its page faults anew: a third of the
-time of pointwise operators over 2,048 rows (measured; docs/performance.md). mallopt(3) changes that for this process.
+time of pointwise operators over 2,048 rows (measured; ADR 0015). mallopt(3) changes that for this process.
 """
 
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BYTES = 128 * 1024 * 1024
-_LARGEST_BYTES = 1024 * 1024 * 1024
+_LARGEST_BYTES = 128 * 1024 * 1024
 
 
 def one_heap() -> bool:

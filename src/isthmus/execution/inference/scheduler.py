@@ -4,7 +4,8 @@
 
 Promises
 - A step computes at most `max_batch_tokens` tokens: first one token (plus drafts) for every decoding sequence, then
-chunks of prompts, in the order of the waiting queue (priority with ageing).
+chunks of prompts, in the order of the waiting queue (priority with ageing); beside decoding sequences at most
+`mixed_prompt_tokens` of prompts, which bounds how long a token waits for the prompts of others.
 - A block being computed is awaited, never computed twice (inflight.py).
 - Hybrid models: a sequence starts at the deepest state snapshot under its matched blocks (recurrent.py); what lies
 beyond is computed again, into blocks that are shared again. Chunks of prompts end on the grid of the recurrent state or
@@ -128,6 +129,8 @@ class Scheduler:
             for sequence in list(self._running):
                 if budget > 0 and sequence.state is State.RUNNING and (sequence.remaining == 1) == decoding:
                     budget -= self._plan(sequence, budget, parts) if self._masked(sequence) else 0
+            if decoding and parts:
+                budget = min(budget, self._settings.mixed_prompt_tokens)
         self._admit(budget, parts, now)
         if not parts:
             return None

@@ -13,7 +13,8 @@ SNAPSHOT_POLICIES = ("turns", "every-block", "last-only")
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits and policy of the scheduler.
 
-    `max_batch_tokens`: tokens computed by one step (the chunk size of long prompts). `max_running`: sequences that hold
+    `max_batch_tokens`: tokens computed by one step (the chunk size of long prompts). `mixed_prompt_tokens`: those of
+    prompts in a step in which others decode, which wait for it. `max_running`: sequences that hold
     blocks at a time. `max_waiting`: requests queued beyond those; one more is refused. `ageing_s`: seconds of waiting
     that make up for one level of priority. `draft_tokens`: guesses a request a step by prompt lookup, 0 for none.
     `snapshots`: which recurrent states of a hybrid model are kept for reuse, one of `SNAPSHOT_POLICIES` (recurrent.py);
@@ -21,6 +22,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     max_batch_tokens: int = 2048
+    mixed_prompt_tokens: int = 512
     max_running: int = 64
     max_waiting: int = 512
     ageing_s: float = 5.0
@@ -28,7 +30,12 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: str = "turns"
 
     def __post_init__(self) -> None:
-        limits = {"max_batch_tokens": 1 << 20, "max_running": 4096, "max_waiting": 1 << 20}
+        limits = {
+            "max_batch_tokens": 1 << 20,
+            "mixed_prompt_tokens": 1 << 20,
+            "max_running": 4096,
+            "max_waiting": 1 << 20,
+        }
         for name, high in limits.items():
             if not 1 <= getattr(self, name) <= high:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, accepted: 1 to {high}", name)
