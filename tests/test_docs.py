@@ -5,6 +5,7 @@ A document is checked by its conventions: `code` in backticks is a name of ours,
 
 import ast
 import doctest
+import json
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from scripts import engine_table
 
 from isthmus.cli.main import build_parser
 from isthmus.config import OTHER_VARIABLES, PREFIX, specs
@@ -261,6 +263,10 @@ def test_a_decision_is_one_page_in_four_parts(path: Path) -> None:
     assert re.match(rf"# {path.name[:4]}\. ", text)
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ADR_HEADINGS
     assert len(text.splitlines()) <= ADR_MAX_LINES
+
+
+def test_the_table_of_engines_is_that_of_the_measured_file() -> None:
+    assert "\n".join(engine_table.lines(json.loads(engine_table.RESULT.read_text()))) in named("README.md")
 
 
 def test_decisions_are_numbered_without_gaps() -> None:
