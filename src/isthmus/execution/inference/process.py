@@ -129,11 +129,12 @@ def serve(link: Link) -> None:
     """Load the model, then run until the parent hangs up. A start-up error is sent as `Failed`."""
     settings = link.settings()
     link.send(Progress("starting", 0.0))
-    one_heap()
+    kept = one_heap()
     from isthmus.execution.inference.runner import open_runner
 
     runner = open_runner(settings, lambda stage, fraction: link.send(Progress(stage, fraction)))
-    keep_freed()
+    if not (keep_freed() and kept):
+        sys.stderr.write("isthmus-engine: this libc cannot be told to keep freed memory; steps will be slower\n")
     clock = SystemClock()
     grammars = Grammars(
         runner.info,

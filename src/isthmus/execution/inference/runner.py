@@ -18,6 +18,7 @@ from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
 from isthmus.execution.inference.exact import exact_kernels
 from isthmus.execution.inference.exact_proof import prove_exact
+from isthmus.execution.inference.heap import available_bytes
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.dense import dense_linear
 from isthmus.execution.inference.model_config import ModelConfig, load_config
@@ -267,6 +268,9 @@ def _memory(
     blocks = min(settings.kv_bytes // shape.block_bytes, MAX_BLOCKS)
     if blocks < 1:
         raise ConfigInvalid(f"kv_bytes is {settings.kv_bytes}, one block needs {shape.block_bytes}")
+    available = available_bytes() if device.type == "cpu" else None
+    if available is not None and blocks * shape.block_bytes > available:
+        raise ConfigInvalid(f"kv_bytes is {settings.kv_bytes}, the machine has {available} bytes available")
     try:
         return KvMemory(
             blocks=blocks,

@@ -7,7 +7,8 @@ adds what it wrote: one row of K and of V a layer.
 Promise: a copy is used only for the sequence that it was made for (`Span.serial`, never given twice), over the same
 rows of the KV memory, up to what earlier steps computed. What a sequence has in a block never changes while it is the
 same sequence, so copy and blocks hold the same numbers. A sequence that skips a step, or has several queries in one,
-loses its copy. Memory is bounded by `most_bytes`; sequences beyond it are gathered.
+loses its copy. Memory is bounded by `most_bytes`, while a place grows by what it had besides; sequences beyond it are
+gathered.
 """
 
 from collections.abc import Sequence
