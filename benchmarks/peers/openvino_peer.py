@@ -1,4 +1,5 @@
-"""OpenVINO GenAI's continuous batching pipeline as a peer: `openvino_peer.py FOLDER THREADS`, driven over lines.py.
+"""OpenVINO GenAI's continuous batching pipeline as a peer: `openvino_peer.py FOLDER THREADS DTYPE`, driven over
+lines.py.
 
 The model is converted once, into a folder beside it. Prefix caching is on, as in its own server.
 """
@@ -21,7 +22,7 @@ BATCH_TOKENS = 512
 
 
 def converted(folder: Path) -> Path:
-    """The model in OpenVINO's format, bfloat16 kept as float16 weights that are computed in bfloat16."""
+    """The model in OpenVINO's format, bfloat16 kept as float16 weights."""
     target = folder.with_name(folder.name + "-openvino")
     if not (target / "openvino_model.xml").exists():
         command = [Path(sys.executable).with_name("optimum-cli"), "export", "openvino", "-m", folder]
@@ -30,13 +31,13 @@ def converted(folder: Path) -> Path:
     return target
 
 
-def pipeline(folder: Path, threads: int) -> Any:
-    """The pipeline on this machine's processor."""
+def pipeline(folder: Path, threads: int, dtype: str) -> Any:
+    """The pipeline on this machine's processor; `dtype` is bf16 or f32."""
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = KV_GIB
     scheduler.max_num_batched_tokens = BATCH_TOKENS
     scheduler.enable_prefix_caching = True
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "bf16"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": dtype}
     return genai.ContinuousBatchingPipeline(str(converted(folder)), scheduler, "CPU", settings)
 
 
@@ -65,7 +66,7 @@ def run(pipe: Any, asks: list[Ask], number: int) -> list[Trace]:
 
 def main() -> None:
     """Load, then answer."""
-    pipe, runs = pipeline(Path(sys.argv[1]), int(sys.argv[2])), 0
+    pipe, runs = pipeline(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]), 0
 
     def answer(asks: list[Ask]) -> list[Trace]:
         nonlocal runs

@@ -1,4 +1,4 @@
-"""transformers' `generate` as a peer: `transformers_peer.py FOLDER THREADS`, driven over lines.py.
+"""transformers' `generate` as a peer: `transformers_peer.py FOLDER THREADS DTYPE`, driven over lines.py.
 
 It has no scheduler: asks of one length that wait together are one batch, others wait their turn. So `mixed` runs one
 ask at a time, which is what its users get without a server.
@@ -35,7 +35,8 @@ class Steps:
 def main() -> None:
     """Load, then answer."""
     torch.set_num_threads(int(sys.argv[2]))
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+    dtype = torch.bfloat16 if sys.argv[3] == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).eval()
 
     def answer(asks: list[Ask]) -> list[Trace]:
         arrivals, waiting = Arrivals(asks), list(enumerate(asks))

@@ -76,7 +76,8 @@ class Settings:
         "", "Model", "text", "What clients call the model; empty for the folder's name (`isthmus` when embedded)."
     )
     dtype: str = _setting(
-        "auto", "Model", "text", "Element type of weights and state; `auto` is the model's own.",
+        "auto", "Model", "text",
+        "Element type of weights and state; `auto`: the model's own, or `f32` where the processor cannot compute so.",
         choices=("auto", "f32", "bf16", "f16"),
     )  # fmt: skip
     device: str = _setting("cpu", "Model", "text", "`cpu`, `cuda` or `cuda:<index>`.", pattern=r"cpu|cuda(:\d{1,3})?")

@@ -12,15 +12,21 @@ from isthmus.bench.workloads import Workload
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What roofline.py measured."""
+    """What roofline.py measured. `dtype` is bf16 or f32."""
 
     bytes_per_s: float
-    bf16_flops_per_s: float
+    flops_per_s: float
+    dtype: str
+
+    @property
+    def element_bytes(self) -> int:
+        """Of weights and of K and V."""
+        return 2 if self.dtype == "bf16" else 4
 
     def step_s(self, rows: int, sampled: int, kv_tokens: int) -> float:
         """One step's least time."""
-        reading = model.read_bytes(kv_tokens) / self.bytes_per_s
-        return max(reading, model.flops(rows, sampled) / self.bf16_flops_per_s)
+        reading = model.read_bytes(kv_tokens, self.element_bytes) / self.bytes_per_s
+        return max(reading, model.flops(rows, sampled) / self.flops_per_s)
 
 
 def least_seconds(workload: Workload, machine: Machine) -> float | None:

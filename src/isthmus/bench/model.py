@@ -43,9 +43,9 @@ def parameters() -> int:
     return sum(int(np.prod(shape)) for shape in shapes().values())
 
 
-def read_bytes(tokens: int) -> int:
-    """Bytes of weights that a step with few rows reads: all but the embedding; and K and V of `tokens` positions."""
-    return 2 * (parameters() - VOCABULARY * HIDDEN) + tokens * LAYERS * 2 * KV_HEADS * _HEAD_DIM * 2
+def read_bytes(tokens: int, element: int) -> int:
+    """Bytes that a step with few rows reads: weights but for the embedding, K and V of `tokens` positions."""
+    return element * (parameters() - VOCABULARY * HIDDEN + tokens * LAYERS * 2 * KV_HEADS * _HEAD_DIM)
 
 
 def flops(rows: int, sampled: int) -> int:

@@ -1,6 +1,7 @@
-"""What the machine can do, measured in the same run: `python -m isthmus.bench.roofline THREADS` writes one JSON object.
+"""What the machine can do, measured in the same run: `python -m isthmus.bench.roofline THREADS DTYPE` writes one JSON
+object. DTYPE is bf16, f32, or auto for what the engine takes a bfloat16 model in; the object says which.
 
-Bandwidth: the best of several reads of 1 GiB. GEMM: the best of several products of 2048 x 2048 bfloat16 matrices.
+Bandwidth: the best of several reads of 1 GiB. GEMM: the best of several products of 2048 x 2048 matrices.
 """
 
 import json
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 
 import torch
+
+from isthmus.execution.inference.linear.dense import computes_bf16
 
 _ELEMENTS = 1 << 28
 _SIDE = 2048
@@ -31,10 +34,14 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     data = torch.ones(_ELEMENTS)
     read = best_seconds(lambda: float(data.sum()))
-    left, right = (torch.randn(_SIDE, _SIDE).bfloat16() for _ in range(2))
+    dtype = sys.argv[2]
+    if dtype == "auto":
+        dtype = "bf16" if computes_bf16() else "f32"
+    element = torch.bfloat16 if dtype == "bf16" else torch.float32
+    left, right = (torch.randn(_SIDE, _SIDE).to(element) for _ in range(2))
     multiply = best_seconds(lambda: left @ right)
     bandwidth, flops = data.numel() * data.element_size() / read, 2 * _SIDE**3 / multiply
-    print(json.dumps({"bytes_per_s": bandwidth, "bf16_flops_per_s": flops}))
+    print(json.dumps({"bytes_per_s": bandwidth, "flops_per_s": flops, "dtype": dtype}))
 
 
 if __name__ == "__main__":

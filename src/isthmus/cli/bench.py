@@ -28,6 +28,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("--seed", type=int, default=1, help="seed of the asks [%(default)s]")
     engine.add_argument("--per-s", type=float, default=workloads.MIXED_PER_S, help="arrivals of mixed [%(default)s]")
     engine.add_argument("--threads", type=int, default=0, help="threads of every engine, 0 for one a core [0]")
+    engine.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "f32"),
+        default="auto",
+        help="what every engine computes in; auto: bf16, or f32 where this processor has no arithmetic for it [auto]",
+    )
     engine.add_argument("--profile", action="store_true", help="tell where this engine's time goes, by part of a step")
     engine.add_argument("--exact", action="store_true", help="measure this engine's exact mode beside its default")
     engine.add_argument("--folder", type=Path, default=Path("build/bench-model"), help="the model [%(default)s]")

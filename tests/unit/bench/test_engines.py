@@ -61,7 +61,7 @@ def test_engines_take_turns_and_others_rest_meanwhile() -> None:
     assert measured == [f"{what} {name}" for name in turns for what in ("resume", "run", "pause")]
     assert calls[-2:] == ["stop a", "stop b"]
     assert [run["profile_s"] for run in found["a"].runs["B"]] == [{"linears": 1.0}, {"linears": 1.0}]
-    table = engines.compare(found, "a", plan, Machine(20e9, 2e12))
+    table = engines.compare(found, "a", plan, Machine(20e9, 2e12, "bf16"))
     assert table["B"]["ratio_to"]["b"]["tokens_per_s"] == pytest.approx(2.0, rel=0.01)
     assert 0 < table["B"]["of_roofline"]["b"] < table["B"]["of_roofline"]["a"]
 

@@ -7,7 +7,7 @@ from isthmus.bench.limits import Machine, least_seconds
 from isthmus.bench.workloads import NAMES, build
 from isthmus.contracts.errors import InvalidInput
 
-MACHINE = Machine(bytes_per_s=20e9, bf16_flops_per_s=2e12)
+MACHINE = Machine(bytes_per_s=20e9, flops_per_s=2e12, dtype="bf16")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,7 +55,7 @@ def test_a_shared_prefix_is_computed_and_read_once() -> None:
     cold, warm = (least_seconds(build(n, 1, model.VOCABULARY), MACHINE) for n in ("C-cold", "C-warm"))
     assert cold is not None
     assert warm is not None
-    prefix = 1024 * model.flops(1, 0) / MACHINE.bf16_flops_per_s
+    prefix = 1024 * model.flops(1, 0) / MACHINE.flops_per_s
     assert cold - warm == pytest.approx(prefix, rel=0.05)
 
 

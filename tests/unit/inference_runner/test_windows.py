@@ -82,14 +82,15 @@ def test_a_query_sees_its_window_and_nothing_else(pieces: list[tuple[int, int]],
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_chunks_of_queries_in_a_long_prefill_keep_to_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [0, 21])
+def test_chunks_of_queries_see_each_query_its_own_keys(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from isthmus.execution.inference.attention import gathered
 
-    monkeypatch.setattr(gathered, "QUERY_CHUNK", 16)
-    spans = spans_of([(0, 70), (33, 50)])
+    monkeypatch.setattr(gathered, "CHUNK_BYTES", 64)
+    spans = spans_of([(0, 70), (33, 50), (0, 70)])
     query = queries(spans)
-    found = GatheredAttention().plan(spans, MEMORY, HEADS)(0, query, 21)
-    torch.testing.assert_close(found, reference(query, spans, 0, 21), atol=2e-5, rtol=1e-4)
+    found = GatheredAttention().plan(spans, MEMORY, HEADS)(0, query, window)
+    torch.testing.assert_close(found, reference(query, spans, 0, window), atol=2e-5, rtol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)

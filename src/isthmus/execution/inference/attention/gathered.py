@@ -1,23 +1,25 @@
 """Default attention in plain PyTorch, over the parts that a plan has (plan.py): gathers and SDPA.
 
-A long span goes in chunks of queries, so that no mask exceeds `QUERY_CHUNK` rows.
+A span with many queries goes in chunks of them, each over the keys up to its last query: a product over all keys would
+compute twice what is needed, and no mask exceeds a chunk.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from isthmus.execution.inference.attention.base import Span, StepAttention
 from isthmus.execution.inference.attention.mirror import Mirror, Mirrored
-from isthmus.execution.inference.attention.plan import Group, Long, Plan, make_plan
+from isthmus.execution.inference.attention.plan import Group, Plan, Prefill, make_plan
 from isthmus.execution.inference.attention.shared import merge
 from isthmus.execution.inference.kv_memory import KvMemory
 
-QUERY_CHUNK = 512
-
-
+CHUNK_BYTES = 512
+"""Queries of a chunk on a CPU, times the bytes of an element (SDPA packs the keys of a call anew in half precision)."""
+LAUNCHED_CHUNK = 512
+"""Queries of a chunk elsewhere."""
 LEAST_FOLDED = 4
 """Sequences from which on one product for all heads keeps the threads busy."""
 WIDEST_FOLDED = 512
@@ -92,6 +94,7 @@ class _GatheredStep:
         self._spans = spans
         self._rows = sum(span.count for span in spans)
         self._plans: dict[int, Plan] = {}
+        self._masks: dict[tuple[int, int, int], torch.Tensor] = {}
         self._merging = memory.rows.device.type == "cpu"
 
     def __call__(self, layer: int, query: torch.Tensor, window: int = 0) -> torch.Tensor:
@@ -111,10 +114,9 @@ class _GatheredStep:
         for mirrored in plan.mirrored:
             result.put(mirrored.rows, *self._mirrored(layer, query, mirrored))
         for group in plan.groups:
-            result.put(group.rows, *(self._causal if group.causal else self._folded)(layer, query, group))
-        for part in plan.long:
-            for rows, out, lse in self._prefill(layer, query, part, window):
-                result.put(rows, out, lse)
+            result.put(group.rows, *self._folded(layer, query, group))
+        for part in plan.prefills:
+            result.put(part.rows, *self._prefill(layer, query, part, window))
         for common in plan.common:
             result.merge(common.rows, *self._folded(layer, query, common))
         return result.tensor()
@@ -166,29 +168,40 @@ class _GatheredStep:
             mixed = mixed.permute(0, 3, 1, 2)
         return mixed.reshape(count, heads, head_dim), None if lse is None else lse.reshape(count, heads)
 
-    def _causal(self, layer: int, query: torch.Tensor, group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sequences of one length, each query of which sees the keys up to its own."""
-        key, value = self._gather(layer, group.keys, group.sequences)
-        rows = _pick(query, group.rows).view(group.sequences, group.queries, *query.shape[1:]).transpose(1, 2)
-        return _unfold(*_attend(rows, key, value, None, causal=True))
-
     def _prefill(
-        self, layer: int, query: torch.Tensor, part: Long, window: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        key, value = self._gather(layer, part.keys, 1)
-        device = query.device
-        for low in range(0, part.count, QUERY_CHUNK):
-            high = min(low + QUERY_CHUNK, part.count)
-            end = part.start + high
-            first = max(part.low, part.start + low - window + 1) if window else part.low
-            seen = torch.arange(first, end, device=device)[None, :]
-            at = torch.arange(part.start + low, end, device=device)[:, None]
-            hidden = (seen > at) | (seen <= at - window) if window else seen > at
-            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=device).masked_fill_(hidden, -math.inf)
-            rows = query[part.first + low : part.first + high].transpose(0, 1)[None]
-            kept = slice(first - part.low, end - part.low)
-            found = _unfold(*_attend(rows, key[:, :, kept], value[:, :, kept], mask))
-            yield torch.arange(part.first + low, part.first + high, device=device), *found
+        self, layer: int, query: torch.Tensor, part: Prefill, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[rows, heads, head_dim], and the log-sum-exp [rows, heads]. Each query sees the keys up to its own."""
+        key, value = self._gather(layer, part.keys, part.sequences)
+        rows = _pick(query, part.rows).view(part.sequences, part.queries, *query.shape[1:]).transpose(1, 2)
+        on_cpu = query.device.type == "cpu"
+        chunk = CHUNK_BYTES // query.element_size() if on_cpu else LAUNCHED_CHUNK
+        if not (part.before or window) and (part.queries <= chunk or not on_cpu):
+            return _unfold(*_attend(rows, key, value, None, causal=True))
+        mixed: list[torch.Tensor] = []
+        sums: list[torch.Tensor] = []
+        for low in range(0, part.queries, chunk):
+            count = min(chunk, part.queries - low)
+            end = part.before + low + count
+            first = max(0, part.before + low - window + 1) if window else 0
+            mask = self._mask(count, end - first, window)
+            kept = slice(first, end)
+            out, lse = _attend(rows[:, :, low : low + count], key[:, :, kept], value[:, :, kept], mask)
+            mixed.append(out)
+            if lse is not None:
+                sums.append(lse)
+        return _unfold(torch.cat(mixed, 2), torch.cat(sums, 2) if sums else None)
+
+    def _mask(self, queries: int, keys: int, window: int) -> torch.Tensor:
+        """[queries, keys] additive, where the last query belongs to the last key. The same for every layer."""
+        found = self._masks.get((queries, keys, window))
+        if found is None:
+            behind = np.arange(keys - queries, keys)[:, None] - np.arange(keys)
+            hidden = (behind < 0) | (behind >= window) if window else behind < 0
+            rows = self._memory.rows
+            found = torch.from_numpy(np.where(hidden, -np.inf, 0.0).astype(np.float32)).to(rows.device, rows.dtype)
+            self._masks[queries, keys, window] = found
+        return found
 
 
 def _pick(query: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """What the default attention does in a step, prepared once for all layers of one window.
 
 - Sequences with few queries (decode, drafts) are grouped by number of queries and padded: one gather of K and V and one
-SDPA a group. Padding reads the zero row of the memory and is masked. Long spans that begin with their first own key are
-grouped when they have one length; the others go one by one.
+SDPA a group. Padding reads the zero row of the memory and is masked. Spans with many queries that begin with their
+first own key are grouped when they have one length; the others go one by one.
 - With a sliding window only the keys that some query of a span sees are read.
 - With `merging`, where SDPA gives the log-sum-exp, keys that sequences share are read once for all of them (shared.py).
 - With a `mirror`, sequences that decode are read from its copies rather than gathered (mirror.py).
@@ -33,27 +33,26 @@ class Group:
     rows: torch.Tensor | None  # [sequences * queries] packed rows; None for all rows of the step in order
     keys: Sequence[torch.Tensor]  # for each layer [2 * sequences * length]: rows of K, then of V
     mask: torch.Tensor | None = None  # [sequences, 1, queries, length], additive
-    causal: bool = False  # the first query sees the first key only, and so on
 
 
 @dataclass(frozen=True, slots=True)
-class Long:
-    """One sequence with many queries. The first key gathered is that of position `low`."""
+class Prefill:
+    """Sequences with the same number of queries, many, each behind equally many keys: `before` its first query."""
 
-    first: int
-    count: int
-    start: int
-    low: int
-    keys: Sequence[torch.Tensor]  # for each layer [2 * length]
+    sequences: int
+    queries: int  # of each sequence
+    before: int
+    rows: torch.Tensor | None  # as in Group
+    keys: Sequence[torch.Tensor]  # as in Group
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every row is in one of `mirrored`, `groups` and `long`. What `common` gives is merged with that."""
+    """Every row is in one of `mirrored`, `groups` and `prefills`. What `common` gives is merged with that."""
 
     mirrored: Sequence[Mirrored]
     groups: Sequence[Group]
-    long: Sequence[Long]
+    prefills: Sequence[Prefill]
     common: Sequence[Group]
 
 
@@ -68,6 +67,11 @@ class _Part:
     def length(self) -> int:
         """Keys up to the last query's."""
         return self.span.end - self.low
+
+    @property
+    def before(self) -> int:
+        """Keys ahead of the first query."""
+        return self.span.start - self.low
 
     @property
     def few(self) -> bool:
@@ -90,12 +94,12 @@ def make_plan(
     if mirror is not None and not window:
         mirrored, taken = mirror.place(spans, low, total)
     parts = [_Part(spans[place], low[place]) for place in range(len(spans)) if place not in taken]
-    # A window narrower than the span hides keys from its last queries: that is not plainly causal.
-    causal = [p for p in parts if not p.few and p.low == p.span.start and not 0 < window < p.span.count]
     groups = [_few(group, memory, window, total) for group in _split([part for part in parts if part.few])]
-    groups += [_causal(group, memory, total) for group in _split(causal)]
-    long = [_long(part, memory) for part in parts if not part.few and part not in causal]
-    return Plan(mirrored, groups, long, common)
+    many = [part for part in parts if not part.few]
+    whole = [part for part in many if not part.before]
+    prefills = [_prefill(group, memory, total) for group in _split(whole)]
+    prefills += [_prefill([part], memory, total) for part in many if part.before]
+    return Plan(mirrored, groups, prefills, common)
 
 
 def _split(parts: Sequence[_Part]) -> list[list[_Part]]:
@@ -146,12 +150,7 @@ def _few(parts: Sequence[_Part], memory: KvMemory, window: int, total: int) -> G
     return Group(len(parts), queries, _rows(parts, total, memory), _both(keys, memory), mask)
 
 
-def _causal(parts: Sequence[_Part], memory: KvMemory, total: int) -> Group:
+def _prefill(parts: Sequence[_Part], memory: KvMemory, total: int) -> Prefill:
     keys = np.stack([part.span.rows[part.low :] for part in parts])
     rows = _rows(parts, total, memory)
-    return Group(len(parts), parts[0].span.count, rows, _both(keys, memory), causal=True)
-
-
-def _long(part: _Part, memory: KvMemory) -> Long:
-    span = part.span
-    return Long(span.first, span.count, span.start, part.low, _both(span.rows[part.low :], memory))
+    return Prefill(len(parts), parts[0].span.count, parts[0].before, rows, _both(keys, memory))

@@ -53,9 +53,15 @@ class PackedLinear:
         return swiglu
 
 
+def computes_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 at speed: AVX-512 or better, or Arm's BF16 extension, through oneDNN."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+
+
 def dense_linear(device: torch.device, dtype: torch.dtype) -> LinearBackend:
     """The faster of the two where it exists."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return TorchLinear()
-    half = dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
-    return PackedLinear() if half or dtype is torch.float32 else TorchLinear()
+    return PackedLinear() if dtype is torch.float32 or (dtype is torch.bfloat16 and computes_bf16()) else TorchLinear()
