@@ -23,6 +23,7 @@ from isthmus.execution.inference.exact_delta import exact_delta
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.base import Linear, LinearBackend
 from isthmus.execution.inference.linear.dense import dense_linear
+from isthmus.execution.inference.models.pieces import eager_pieces
 from isthmus.execution.inference.models.step import Kernels, route
 
 ROW_TILE = 32
@@ -247,6 +248,7 @@ def exact_kernels() -> Kernels:
         exact_norm,
         exact_gate,
         ROW_TILE,
+        eager_pieces(exact_norm),
         sigmoid=exact_sigmoid,
         route=exact_route,
         delta=exact_delta(),

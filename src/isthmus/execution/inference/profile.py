@@ -1,9 +1,10 @@
 """Where the time of steps goes: a profile by part, behind a setting.
 
 Parts: `schedule` (choosing and accounting, on the engine's loop), `linears`, `attention` (both with what their kernels
-gather and mask), `norms` (norms and gates), `sampling`, and `interpreter`: all else of a step, which is Python, the
-packing, rotations and writes of K and V. Parts do not overlap; all but `schedule` add up to the steps' time. On a CPU,
-where operators return when they are done; on an accelerator only the launches would be timed, so it is refused there.
+gather and mask), `norms` (norms, the additions before them, and gates), `sampling`, and `interpreter`: all else of a step,
+which is Python, the packing, rotations and writes of K and V. Parts do not overlap; all but `schedule` add up to the
+steps' time. On a CPU, where operators return when they are done; on an accelerator only the launches would be timed, so it
+is refused there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from isthmus.contracts.clock import SystemClock
 from isthmus.execution.inference.attention.base import AttentionBackend, Span, StepAttention
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.base import Linear, LinearBackend
+from isthmus.execution.inference.models.pieces import AddNorm, Norm, Pieces, RotateWrite, eager_rotate_write
 from isthmus.execution.inference.models.step import Kernels
 
 P = ParamSpec("P")
@@ -97,12 +99,26 @@ class _TimedAttention:
         return self._profile.timed(ATTENTION, step)
 
 
+class _TimedPieces(Pieces):
+    """`Pieces`. Of a rotation only the norms inside are counted, if `norm` counts them: compiled, they are one with it."""
+
+    def __init__(self, kernels: Kernels, norm: Norm, profile: StepProfile) -> None:
+        self._profile = profile
+        super().__init__(profile.timed(NORMS, kernels.pieces.add_norm), eager_rotate_write(norm))
+
+    def use(self, add_norm: AddNorm, rotate_write: RotateWrite) -> None:
+        """See `Pieces`."""
+        super().use(self._profile.timed(NORMS, add_norm), rotate_write)
+
+
 def profiled(kernels: Kernels, profile: StepProfile) -> Kernels:
-    """The same kernels, their time counted."""
+    """The same kernels, their time counted. Their pieces must be the eager ones."""
+    norm = profile.timed(NORMS, kernels.norm)
     return replace(
         kernels,
         linear=_TimedLinear(kernels.linear, profile),
         attention=_TimedAttention(kernels.attention, profile),
-        norm=profile.timed(NORMS, kernels.norm),
+        norm=norm,
+        pieces=_TimedPieces(kernels, norm, profile),
         gate=profile.timed(NORMS, kernels.gate),
     )

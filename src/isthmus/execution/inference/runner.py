@@ -25,6 +25,7 @@ from isthmus.execution.inference.model_config import ModelConfig, load_config
 from isthmus.execution.inference.models.decoder import Decoder
 from isthmus.execution.inference.models.delta_plan import GRID_TOKENS
 from isthmus.execution.inference.models.families import tensor_layout
+from isthmus.execution.inference.models.pieces import eager_pieces
 from isthmus.execution.inference.models.step import Kernels, rms_norm, swiglu
 from isthmus.execution.inference.packing import pack
 from isthmus.execution.inference.profile import SAMPLING, StepProfile, profiled
@@ -222,7 +223,8 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
 
 def default_kernels(device: torch.device, dtype: torch.dtype, copies_bytes: int = 0) -> Kernels:
     """The fastest kernels in plain PyTorch for a device; see `GatheredAttention` for `copies_bytes`."""
-    return Kernels(dense_linear(device, dtype), GatheredAttention(copies_bytes), rms_norm, swiglu, row_tile=1)
+    linear, attention = dense_linear(device, dtype), GatheredAttention(copies_bytes)
+    return Kernels(linear, attention, rms_norm, swiglu, row_tile=1, pieces=eager_pieces(rms_norm))
 
 
 def _device(settings: EngineSettings) -> torch.device:

@@ -38,7 +38,9 @@ class Decoder:
         self._final_norm = LayerWeights(placed, "model", kernels, layout.norm_offset).norm("norm")
         head = self._embedding if config.tied else placed["lm_head.weight"]
         self.head = kernels.linear.prepare(head, None)
-        self._layers = [self._layer(index, layout, placed) for index in range(config.layers)]
+        self.layers = [self._layer(index, layout, placed) for index in range(config.layers)]
+        # After a layer's feed comes the norm of the next layer, after the last one's none.
+        self._following = [*(layer.input_norm for layer in self.layers[1:]), None]
         cos, sin = rope_tables(config.rope, config.rotary_dim, positions)
         self.cos = cos.to(device, self._embedding.dtype)[:, None]
         self.sin = sin.to(device, self._embedding.dtype)[:, None]
@@ -54,11 +56,16 @@ class Decoder:
 
     def forward(self, step: StepTensors, memory: KvMemory) -> torch.Tensor:
         """Hidden states [rows, hidden] before the final norm; K and V of the real rows are in the memory after it."""
-        eps, norm = self.config.norm_eps, self.kernels.norm
+        eps, add_norm = self.config.norm_eps, self.kernels.pieces.add_norm
         hidden = functional.embedding(step.tokens, self._embedding)
-        for layer in self._layers:
-            hidden += layer.mixer(norm(hidden, layer.input_norm, eps), step, memory)
-            hidden += layer.feed(norm(hidden, layer.feed_norm, eps))
+        normed = self.kernels.norm(hidden, self.layers[0].input_norm, eps)
+        for layer, following in zip(self.layers, self._following, strict=True):
+            normed = add_norm(hidden, layer.mixer(normed, step, memory), layer.feed_norm, eps)
+            delta = layer.feed(normed)
+            if following is None:
+                hidden += delta
+            else:
+                normed = add_norm(hidden, delta, following, eps)
         return hidden
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:

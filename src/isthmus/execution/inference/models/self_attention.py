@@ -10,12 +10,15 @@ from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.base import Linear
 from isthmus.execution.inference.model_config import ModelConfig
 from isthmus.execution.inference.models.layers import LayerWeights, Mixer
+from isthmus.execution.inference.models.pieces import Heads
 from isthmus.execution.inference.models.step import StepTensors
-from isthmus.execution.inference.rope import rotate
 
 
 class SelfAttention:
-    """See the module. `slot` is the layer's place in the KV memory, `window` how many keys a query sees, 0 for all."""
+    """See the module. `slot` is the layer's place in the KV memory, `window` how many keys a query sees, 0 for all.
+
+    `heads` and `gated` say how the projection is laid out.
+    """
 
     def __init__(
         self,
@@ -27,22 +30,22 @@ class SelfAttention:
         query_key_norm: bool = False,
         gated: bool = False,
     ) -> None:
-        self._heads, self._pair, self._dim = config.heads, config.heads + config.kv_heads, config.head_dim
-        self._slot, self._window, self._gated = slot, window, gated
-        self._eps, self._norm, self._sigmoid = config.norm_eps, weights.kernels.norm, weights.kernels.sigmoid
+        norms = None
+        if query_key_norm:
+            norms = weights.norm("self_attn.q_norm"), weights.norm("self_attn.k_norm")
+        self.heads, self.gated = Heads(config.heads, config.kv_heads, config.head_dim, config.norm_eps, norms), gated
+        self._slot, self._window = slot, window
+        self._pieces, self._sigmoid = weights.kernels.pieces, weights.kernels.sigmoid
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self._project = self._gated_projection(weights) if gated else weights.linear(*names)
         self._output = weights.linear("self_attn.o_proj")
-        self._norms = None
-        if query_key_norm:
-            self._norms = weights.norm("self_attn.q_norm"), weights.norm("self_attn.k_norm")
 
     def _gated_projection(self, weights: LayerWeights) -> Linear:
         """q, k, v, gate: the file has query and gate of a head beside each other."""
 
         def ordered(kind: str) -> list[torch.Tensor]:
             query = weights.tensor(f"self_attn.q_proj.{kind}")
-            query = query.view(self._heads, 2, self._dim, *query.shape[1:])
+            query = query.view(self.heads.query, 2, self.heads.dim, *query.shape[1:])
             key, value = (weights.tensor(f"self_attn.{name}.{kind}") for name in ("k_proj", "v_proj"))
             return [query[:, 0].flatten(0, 1), key, value, query[:, 1].flatten(0, 1)]
 
@@ -52,28 +55,13 @@ class SelfAttention:
 
     def __call__(self, rows: torch.Tensor, step: StepTensors, memory: KvMemory) -> torch.Tensor:
         """See `Mixer`: project, normalise, rotate, write K and V, attend."""
-        split = self._project(rows).view(rows.shape[0], -1, self._dim)
-        heads, pair, real = self._heads, self._pair, step.real_rows
-        end = 2 * pair - heads
-        turned = split[:, :pair]
-        if self._norms is not None:
-            query = self._norm(split[:, :heads], self._norms[0], self._eps)
-            turned = torch.cat((query, self._norm(split[:, heads:pair], self._norms[1], self._eps)), 1)
-        turned = rotate_first(turned, step.cos, step.sin)
-        fresh = torch.stack((turned[:real, heads:].flatten(1), split[:real, pair:end].flatten(1))).flatten(0, 1)
-        memory.rows.index_copy_(0, step.write[self._slot], fresh)
-        mixed = step.attention(self._slot, turned[:, :heads], self._window).flatten(1)
-        if self._gated:
-            mixed = mixed * self._sigmoid(split[:, end:].flatten(1))
+        projected = self._project(rows)
+        places = step.write[self._slot]
+        query = self._pieces.rotate_write(projected, self.heads, (step.cos, step.sin), memory.rows, places)
+        mixed = step.attention(self._slot, query, self._window).flatten(1)
+        if self.gated:
+            mixed = mixed * self._sigmoid(projected[:, -mixed.shape[1] :])
         return self._output(mixed)
-
-
-def rotate_first(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dimensions of [rows, heads, head_dim], as many as cos and sin [rows, 1, n] have."""
-    count = cos.shape[-1]
-    if count == heads.shape[-1]:
-        return rotate(heads, cos, sin)
-    return torch.cat((rotate(heads[..., :count], cos, sin), heads[..., count:]), -1)
 
 
 def plain_attention(config: ModelConfig, index: int, weights: LayerWeights) -> Mixer:

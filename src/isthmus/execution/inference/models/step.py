@@ -10,6 +10,7 @@ from isthmus.execution.inference.attention.base import AttentionBackend, StepAtt
 from isthmus.execution.inference.linear.base import LinearBackend
 from isthmus.execution.inference.models.delta_plan import DeltaPlan
 from isthmus.execution.inference.models.gated_delta import DEFAULT_DELTA, DeltaKernels
+from isthmus.execution.inference.models.pieces import Norm, Pieces
 from isthmus.execution.inference.state_memory import StateMemory
 
 
@@ -45,13 +46,17 @@ def route(logits: torch.Tensor, per_token: int, normalise: bool) -> tuple[torch.
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """How the parts are computed. Rows of a step, and of an expert, are padded to a multiple of `row_tile`."""
+    """How the parts are computed. Rows of a step, and of an expert, are padded to a multiple of `row_tile`.
+
+    `pieces` may change between two steps; what it holds first computes by `norm`.
+    """
 
     linear: LinearBackend
     attention: AttentionBackend
-    norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    norm: Norm
     gate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     row_tile: int
+    pieces: Pieces
     sigmoid: Callable[[torch.Tensor], torch.Tensor] = sigmoid
     route: Callable[[torch.Tensor, int, bool], tuple[torch.Tensor, torch.Tensor]] = route
     delta: DeltaKernels = DEFAULT_DELTA
