@@ -207,6 +207,8 @@ def engine_settings(settings: Settings) -> EngineSettings:
         max_model_len=settings.max_model_len,
         threads=settings.threads,
         profile=settings.profile_steps,
+        compiled="auto" if settings.compile else "off",
+        compiled_dir=str(settings.compiled_path.absolute()),
         scheduler=scheduler,
         grammar=GrammarSettings(
             compile_s=settings.grammar_deadline_s,

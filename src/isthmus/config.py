@@ -118,6 +118,11 @@ class Settings:
         0, "Engine", "integer", "Tokens guessed a step from repeated text in the request itself; 0 is off.", high=16
     )
     threads: int = _setting(0, "Engine", "integer", "Threads of the engine; 0 for one a core.", high=1024)
+    compile: bool = _setting(
+        True, "Engine", "switch",
+        "Compile the model's norms and rotations beside the running server, once, with the machine's `g++`, and keep "
+        "them in `<state_dir>/compiled`. Without a compiler, in exact mode and on `cuda` nothing is compiled.",
+    )  # fmt: skip
     profile_steps: bool = _setting(
         False, "Engine", "switch", "Measure where the time of steps goes (`isthmus_step_seconds`; device `cpu` only)."
     )
@@ -223,6 +228,11 @@ class Settings:
     def secret_path(self) -> Path:
         """The installation's secret, from which tenant namespaces are derived."""
         return Path(self.state_dir) / "tenant.secret"
+
+    @property
+    def compiled_path(self) -> Path:
+        """The folder of compiled pieces."""
+        return Path(self.state_dir) / "compiled"
 
     @property
     def chat_history_path(self) -> Path:

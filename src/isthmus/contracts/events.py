@@ -81,7 +81,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     `states_*` are slots of recurrent state (hybrid models; else 0); `snapshot_hits` counts requests that started from
     another's state snapshot. `constrained` requests, `grammar_refused` of them, restarts of the grammar process, masks
     it computed and what outputs waited for them (seconds, summed). `profile_s`: seconds of steps by part, empty unless
-    the engine profiles itself.
+    the engine profiles itself. `compiled`: the state of compiled pieces (`building`, `ready`, `failed`; empty when none
+    are wanted), and `compiled_reason` why it is so.
     """
 
     waiting: int = 0
@@ -115,6 +116,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     masks_computed: int = 0
     mask_wait_s: float = 0.0
     profile_s: dict[str, float] = {}
+    compiled: str = ""
+    compiled_reason: str = ""
 
 
 class StateInfo(msgspec.Struct, frozen=True):

@@ -78,6 +78,11 @@ class _EngineCollector(Collector):
         for part, seconds in self.stats.profile_s.items():
             parts.add_metric([self._model, part], seconds)
         yield parts
+        text = "1 for the state that the compiled pieces are in (building, ready, failed), and why."
+        pieces = GaugeMetricFamily("isthmus_compiled_pieces", text, labels=["model_name", "state", "reason"])
+        if self.stats.compiled:
+            pieces.add_metric([self._model, self.stats.compiled, self.stats.compiled_reason], 1)
+        yield pieces
 
     def _valued(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric([self._model], value)

@@ -1,10 +1,10 @@
 """Where the time of steps goes: a profile by part, behind a setting.
 
 Parts: `schedule` (choosing and accounting, on the engine's loop), `linears`, `attention` (both with what their kernels
-gather and mask), `norms` (norms, the additions before them, and gates), `sampling`, and `interpreter`: all else of a step,
-which is Python, the packing, rotations and writes of K and V. Parts do not overlap; all but `schedule` add up to the
-steps' time. On a CPU, where operators return when they are done; on an accelerator only the launches would be timed, so it
-is refused there.
+gather and mask), `norms` (norms, the additions before them, and gates), `sampling`, and `interpreter`: all else of a
+step, which is Python, the packing, rotations and writes of K and V. Parts do not overlap; all but `schedule` add up to
+the steps' time. On a CPU, where operators return when they are done; on an accelerator only the launches would be
+timed, so it is refused there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +100,7 @@ class _TimedAttention:
 
 
 class _TimedPieces(Pieces):
-    """`Pieces`. Of a rotation only the norms inside are counted, if `norm` counts them: compiled, they are one with it."""
+    """`Pieces`. Of an eager rotation the norms inside are counted, by `norm`; of a compiled one nothing is."""
 
     def __init__(self, kernels: Kernels, norm: Norm, profile: StepProfile) -> None:
         self._profile = profile

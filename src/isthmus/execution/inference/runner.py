@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 
+from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.errors import ConfigInvalid, EngineFailed, InvalidInput, IsthmusError
 from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import BlockFormat, Codec, Dtype, StateFormat
 from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
+from isthmus.execution.inference.compiled.service import Compiled
+from isthmus.execution.inference.compiled.spec import describe
 from isthmus.execution.inference.exact import exact_kernels
 from isthmus.execution.inference.exact_proof import prove_exact
 from isthmus.execution.inference.heap import available_bytes
@@ -81,8 +84,10 @@ class TorchRunner:
         *,
         states: StateMemory | None = None,
         profile: StepProfile | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self.profile = profile or StepProfile()
+        self.compiled = compiled
         self._threads = threads
         self._states = states
         self._decoder = decoder
@@ -122,10 +127,14 @@ class TorchRunner:
         return self._states
 
     def close(self) -> None:
-        """Wait for the step under way and end the worker."""
+        """Wait for the step under way, end the worker, and a build of compiled pieces."""
         self._worker.shutdown(wait=True)
+        if self.compiled is not None:
+            self.compiled.close()
 
     def _run(self, batch: Batch) -> StepResult:
+        if self.compiled is not None:
+            self.compiled.poll()
         with self.profile.step(), torch.inference_mode():
             return self._compute(batch)
 
@@ -209,7 +218,8 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         eos_token_ids=list(config.eos_token_ids),
         states=None if states is None else StateInfo(states.slots, states.shape.state_bytes, GRID_TOKENS),
     )
-    runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile)
+    compiled = _compiled(settings, decoder, device)
+    runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile, compiled=compiled)
     if settings.exact:
         try:
             progress("proving exactness", 0.0)
@@ -225,6 +235,18 @@ def default_kernels(device: torch.device, dtype: torch.dtype, copies_bytes: int 
     """The fastest kernels in plain PyTorch for a device; see `GatheredAttention` for `copies_bytes`."""
     linear, attention = dense_linear(device, dtype), GatheredAttention(copies_bytes)
     return Kernels(linear, attention, rms_norm, swiglu, row_tile=1, pieces=eager_pieces(rms_norm))
+
+
+def _compiled(settings: EngineSettings, decoder: Decoder, device: torch.device) -> Compiled | None:
+    """Compiled pieces for the decoder, from the cache or under way; None where none are wanted.
+
+    Not in exact mode: the compiler chooses the order of sums.
+    """
+    if settings.compiled == "off" or settings.exact or device.type != "cpu":
+        return None
+    compiled = Compiled(decoder.kernels.pieces, describe(decoder), Path(settings.compiled_dir), SystemClock())
+    compiled.start()
+    return compiled
 
 
 def _device(settings: EngineSettings) -> torch.device:

@@ -7,6 +7,7 @@ from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
 from isthmus.execution.inference.grammar.settings import GrammarSettings
 
 DTYPES = ("auto", "f32", "bf16", "f16")
+COMPILED = ("off", "auto")
 SNAPSHOT_POLICIES = ("turns", "every-block", "last-only")
 
 
@@ -55,7 +56,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     `model` is a folder in the Hugging Face layout; `name` is what clients call it. `kv_bytes` is the size of the block
     pool's memory, `state_bytes` that of the recurrent states of a hybrid model (others take none). `max_model_len` 0
     means the model's own limit. `threads` 0 means one a core. `profile`: tell where the time of
-    steps goes (profile.py).
+    steps goes (profile.py). `compiled`: `auto` compiles the pointwise pieces beside the running engine (on a CPU, not
+    in exact mode) and keeps them in `compiled_dir` (compiled/); `off` does not.
     """
 
     model: str
@@ -69,6 +71,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0
     threads: int = 0
     profile: bool = False
+    compiled: str = "off"
+    compiled_dir: str = ""
     scheduler: SchedulerSettings = SchedulerSettings()
     grammar: GrammarSettings = GrammarSettings()
 
@@ -87,3 +91,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"max_model_len is {self.max_model_len}, accepted: 0 to {1 << 24}", "max_model_len")
         if not 0 <= self.threads <= 1024:
             raise InvalidInput(f"threads is {self.threads}, accepted: 0 to 1024", "threads")
+        if self.compiled not in COMPILED:
+            raise InvalidInput(f"compiled is not one of {', '.join(COMPILED)}", "compiled")
+        if self.compiled != "off" and not self.compiled_dir:
+            raise InvalidInput("compiled needs a folder, compiled_dir", "compiled_dir")

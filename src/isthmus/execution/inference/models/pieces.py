@@ -1,7 +1,7 @@
 """The pointwise work of a layer between its linears and attention, behind a seam that may change between two steps.
 
-The eager pieces are plain operators. Compiled ones (compiled/) may take their place while a server runs; all layers read
-them through one `Pieces`, so a change reaches all of them at once.
+The eager pieces are plain operators. Compiled ones (compiled/) may take their place while a server runs; all layers
+read them through one `Pieces`, so a change reaches all of them at once.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,10 @@ class Heads:
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosine and signed sine of each row [rows, 1, n] (rope.py); the first n dimensions of a head are rotated."""
 RotateWrite = Callable[[torch.Tensor, Heads, Angles, torch.Tensor, torch.Tensor], torch.Tensor]
-"""projected [rows, columns], heads, angles, memory rows [pool, key heads * dim], places [2 * real rows] of K, then of V.
+"""projected [rows, columns], heads, angles, memory rows [pool, key heads * dim], places [2 * real rows] of K, then V.
 
-Writes K, normalised and rotated, and V of the first real rows into the memory. Returns the query, normalised and rotated,
-[rows, query heads, dim].
+Writes K, normalised and rotated, and V of the first real rows into the memory. Returns the query, normalised and
+rotated, [rows, query heads, dim].
 """
 
 
