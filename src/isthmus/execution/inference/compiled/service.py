@@ -68,6 +68,7 @@ class Compiled:
             if not self._take("from the cache"):
                 self._spawn(self._spec)
         except OSError as error:
+            self._end_build()
             self._fail(f"the cache folder cannot be used: {error.strerror}")
         except Refused as error:
             self.refused += 1
@@ -150,20 +151,21 @@ class Compiled:
         self._deadline = self._clock.monotonic() + DEADLINE_S
         if self._helper.stdin is not None:
             # One line, far under what a pipe holds. It stays open: its end tells the helper that we are gone.
-            self._helper.stdin.write(msgspec.json.encode(spec) + b"\n")
-            self._helper.stdin.flush()
+            with suppress(BrokenPipeError):  # a helper that has ended already is seen by `poll`
+                self._helper.stdin.write(msgspec.json.encode(spec) + b"\n")
+                self._helper.stdin.flush()
 
     def _sweep(self) -> None:
         """Remove what builds of servers that were killed left behind: their locks are gone with them."""
         for path in self._folder.glob(f"{WORK}*"):
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(lock)
+            with suppress(FileNotFoundError):  # another server removed it
+                lock = os.open(path, os.O_RDONLY)
+                try:
+                    with suppress(BlockingIOError):  # another server builds there
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(lock)
 
     def _end_build(self) -> None:
         """No process and no file of the build is left after it."""
