@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.app import engine_settings
 from isthmus.cli.configure import reference
 from isthmus.config import MIB, load, specs
 from isthmus.contracts.errors import ConfigInvalid
@@ -132,3 +133,11 @@ def test_every_default_is_accepted_as_it_is_shown() -> None:
 def test_the_reference_page_is_current() -> None:
     page = Path(__file__).parents[3] / "docs" / "configuration.md"
     assert page.read_text() == reference(), "run: isthmus config --markdown > docs/configuration.md"
+
+
+def test_pieces_are_compiled_under_the_state_directory_unless_told_not_to() -> None:
+    settings = load({"state_dir": "/s"}, {}).settings
+    told = engine_settings(settings)
+    assert (told.compiled, told.compiled_dir) == ("auto", "/s/compiled")
+    assert engine_settings(load({"compile": False, "state_dir": "/s"}, {}).settings).compiled == "off"
+    assert engine_settings(load({}, {"ISTHMUS_COMPILE": "off"}).settings).compiled == "off"

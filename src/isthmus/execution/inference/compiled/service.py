@@ -99,6 +99,10 @@ class Compiled:
         """End a build that is under way, with every process of it."""
         self._end_build()
 
+    def told(self) -> tuple[str, str]:
+        """State and reason, for `EngineStats`."""
+        return self.state.value, self.reason
+
     @property
     def pid(self) -> int | None:
         """The process id of the build under way."""
