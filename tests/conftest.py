@@ -1,30 +1,34 @@
 """What is built once for all tests."""
 
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
-import msgspec
 import pytest
+
+BUILT_WITHIN_S = 280.0
 
 
 @pytest.fixture(scope="session")
 def compiled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of compiled pieces that holds those of `tests.support.tiny_models`' model `qwen3`, in float32.
+    """A folder of compiled pieces that holds those of the model of `tests.support.compiled`, in float32.
 
-    Made by the helper as a server runs it, once a session: it takes most of a minute.
+    Built as a server builds it, once a session: it takes most of a minute.
     """
     from tests.support.compiled import tiny_spec
 
-    from isthmus.execution.inference.compiled.service import BUILDER, COMPILER, _environment
+    from isthmus.contracts.clock import SystemClock
+    from isthmus.execution.inference.compiled.service import LOG, Compiled, CompiledState
+    from isthmus.execution.inference.models.pieces import eager_pieces
+    from isthmus.execution.inference.models.step import rms_norm
 
-    folder, work = (tmp_path_factory.mktemp(name) for name in ("compiled", "work"))
-    folder.chmod(0o700)
-    command = [sys.executable, "-P", "-s", "-B", "-m", BUILDER, str(folder), str(work)]
-    environment = _environment(COMPILER, work) | {"PATH": os.environ["PATH"]}
-    line = msgspec.json.encode(tiny_spec(tmp_path_factory.mktemp("model"))) + b"\n"
-    result = subprocess.run(command, input=line, env=environment, capture_output=True, timeout=280, check=False)
-    assert result.returncode == 0, result.stderr.decode()[-4000:]
-    assert not work.exists(), "the helper leaves nothing but its entry"
+    folder = tmp_path_factory.mktemp("state") / "compiled"
+    compiled = Compiled(eager_pieces(rms_norm), tiny_spec(tmp_path_factory.mktemp("model")), folder, SystemClock())
+    compiled.start()
+    deadline = time.monotonic() + BUILT_WITHIN_S
+    while compiled.state is CompiledState.BUILDING and time.monotonic() < deadline:
+        compiled.poll()
+        time.sleep(0.05)
+    compiled.close()
+    assert compiled.told() == ("ready", "built"), (compiled.told(), (folder / LOG).read_text()[-4000:])
+    (folder / LOG).unlink()
     return folder

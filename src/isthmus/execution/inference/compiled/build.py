@@ -108,7 +108,8 @@ def _prune(folder: Path, kept: Path) -> None:
 
 def _end_with_stdin() -> None:
     """Wait for the end of stdin, then end this process and every one that it started."""
-    while sys.stdin.buffer.read(4096):
+    # Not the buffered reader: its lock, held by this thread, would abort the interpreter at its end.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os.killpg(os.getpid(), signal.SIGKILL)
 
