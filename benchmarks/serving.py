@@ -42,7 +42,9 @@ WORDS = (
 def server(*flags: str) -> Iterator[tuple[int, int]]:
     """A server of the embedded model; its port and process id."""
     with tempfile.TemporaryDirectory() as state:
-        command = [sys.executable, "-m", "isthmus.cli.main", "serve", "--port", "0", "--state-dir", state, *flags]
+        command = [sys.executable, "-m", "isthmus.cli.main", "serve", "--port", "0", "--state-dir", state]
+        # A build beside the server would be measured, too: every one has a new state directory.
+        command += ["--no-compile", *flags]
         log = Path(state) / "log"
         with log.open("wb") as errors:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT)

@@ -337,6 +337,16 @@ def test_a_folder_that_cannot_be_made_and_a_model_that_is_not_compiled_say_so(tm
     assert rig.told == (CompiledState.FAILED, "no form of this model is compiled", 0)
 
 
+def test_a_machine_without_the_memory_does_not_build(
+    folder: Path, spec: PieceSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "available_bytes", lambda: 512 << 20)
+    rig = Rig(spec, folder)
+    rig.compiled.start()
+    assert rig.told == (CompiledState.FAILED, "512 MiB of memory are available, a build takes 1024", 0)
+    assert list(folder.iterdir()) == []
+
+
 def test_the_folder_is_made_for_its_owner_only(tmp_path: Path) -> None:
     open_cache(tmp_path / "state" / "compiled")
     assert (tmp_path / "state" / "compiled").stat().st_mode & 0o777 == 0o700

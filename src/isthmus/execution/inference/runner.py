@@ -17,8 +17,7 @@ from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import BlockFormat, Codec, Dtype, StateFormat
 from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
-from isthmus.execution.inference.compiled.service import Compiled
-from isthmus.execution.inference.compiled.spec import describe
+from isthmus.execution.inference.compiled.service import Compiled, open_compiled
 from isthmus.execution.inference.exact import exact_kernels
 from isthmus.execution.inference.exact_proof import prove_exact
 from isthmus.execution.inference.heap import available_bytes
@@ -218,7 +217,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         eos_token_ids=list(config.eos_token_ids),
         states=None if states is None else StateInfo(states.slots, states.shape.state_bytes, GRID_TOKENS),
     )
-    compiled = _compiled(settings, decoder, device)
+    compiled = open_compiled(settings, decoder, SystemClock()) if device.type == "cpu" else None
     runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile, compiled=compiled)
     if settings.exact:
         try:
@@ -235,18 +234,6 @@ def default_kernels(device: torch.device, dtype: torch.dtype, copies_bytes: int 
     """The fastest kernels in plain PyTorch for a device; see `GatheredAttention` for `copies_bytes`."""
     linear, attention = dense_linear(device, dtype), GatheredAttention(copies_bytes)
     return Kernels(linear, attention, rms_norm, swiglu, row_tile=1, pieces=eager_pieces(rms_norm))
-
-
-def _compiled(settings: EngineSettings, decoder: Decoder, device: torch.device) -> Compiled | None:
-    """Compiled pieces for the decoder, from the cache or under way; None where none are wanted.
-
-    Not in exact mode: the compiler chooses the order of sums.
-    """
-    if settings.compiled == "off" or settings.exact or device.type != "cpu":
-        return None
-    compiled = Compiled(decoder.kernels.pieces, describe(decoder), Path(settings.compiled_dir), SystemClock())
-    compiled.start()
-    return compiled
 
 
 def _device(settings: EngineSettings) -> torch.device:

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder, work = chosen.folder.resolve(), chosen.work.resolve()
     os.nice(19)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    with suppress(OSError):  # where the kernel has it: if memory runs out, this ends and not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=PieceSpec)
     if chosen.until_eof:
         threading.Thread(target=_end_with_stdin, daemon=True).start()

@@ -19,13 +19,18 @@ import msgspec
 
 from isthmus.contracts.clock import Clock
 from isthmus.execution.inference.compiled.cache import Refused, load_entry, open_cache
-from isthmus.execution.inference.compiled.spec import PieceSpec, cache_key, this_machine
+from isthmus.execution.inference.compiled.spec import PieceSpec, cache_key, describe, this_machine
+from isthmus.execution.inference.heap import available_bytes
+from isthmus.execution.inference.models.decoder import Decoder
 from isthmus.execution.inference.models.pieces import Pieces
+from isthmus.execution.inference.settings import EngineSettings
 
 BUILDER = "isthmus.execution.inference.compiled.build"
 COMPILER = "g++"
 DEADLINE_S = 1800.0
 """For a build. It takes about 40 s of one core, and gets only what the server leaves."""
+MEMORY_BYTES = 1 << 30
+"""What the helper and its compiler take at their peak; without it free there is no build."""
 WORK = "building-"
 LOG = "build.log"
 
@@ -136,6 +141,10 @@ class Compiled:
         if compiler is None:
             self._fail(f"there is no {COMPILER} on this machine")
             return
+        available = available_bytes()
+        if available is not None and available < MEMORY_BYTES:
+            self._fail(f"{available // 2**20} MiB of memory are available, a build takes {MEMORY_BYTES // 2**20}")
+            return
         self._sweep()
         self._work = Path(tempfile.mkdtemp(prefix=WORK, dir=self._folder))
         self._lock = os.open(self._work, os.O_RDONLY)
@@ -186,6 +195,18 @@ class Compiled:
             shutil.rmtree(self._work, ignore_errors=True)
             os.close(self._lock)
             self._work = None
+
+
+def open_compiled(settings: EngineSettings, decoder: Decoder, clock: Clock) -> Compiled | None:
+    """Compiled pieces of a decoder on a CPU, from the cache or under way; None where the settings want none.
+
+    Never in exact mode: the compiler chooses the order of sums.
+    """
+    if settings.compiled == "off" or settings.exact:
+        return None
+    compiled = Compiled(decoder.kernels.pieces, describe(decoder), Path(settings.compiled_dir), clock)
+    compiled.start()
+    return compiled
 
 
 def _environment(compiler: str, work: Path) -> dict[str, str]:
