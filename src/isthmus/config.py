@@ -117,7 +117,9 @@ class Settings:
     speculate: int = _setting(
         0, "Engine", "integer", "Tokens guessed a step from repeated text in the request itself; 0 is off.", high=16
     )
-    threads: int = _setting(0, "Engine", "integer", "Threads of the engine; 0 for one a core.", high=1024)
+    threads: int = _setting(
+        0, "Engine", "integer", "Threads of the engine; 0 for one a core, within the quota of the cgroup.", high=1024
+    )
     compile: bool = _setting(
         True, "Engine", "switch",
         "Compile the model's norms and rotations beside the running server, once, with the machine's `g++`, and keep "

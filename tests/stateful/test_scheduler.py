@@ -41,7 +41,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.requests: dict[str, EngineRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, Finish] = {}
-        self.stepping = False
+
+    @property
+    def stepping(self) -> bool:
+        return self.core is not None and self.core.stepping
 
     @precondition(lambda self: self.core is None)
     @rule(
@@ -49,10 +52,12 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(4, 12),
         running=st.integers(1, 4),
         waiting=st.integers(1, 6),
-        drafts=st.integers(0, 3),
+        drafts=st.sampled_from([0, 0, 1, 2, 3]),
+        eager=st.booleans(),
     )
-    def start(self, blocks: int, budget: int, running: int, waiting: int, drafts: int) -> None:
+    def start(self, blocks: int, budget: int, running: int, waiting: int, drafts: int, eager: bool) -> None:
         self.open(blocks, budget, running, waiting, drafts)
+        self.runner.eager = eager
 
     def open(
         self,
@@ -144,13 +149,12 @@ class EngineMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.requests)))
         self.core.abort(RequestId(name))
 
-    @precondition(lambda self: self.core is not None and not self.stepping)
+    @precondition(lambda self: self.core is not None)
     @rule(seconds=st.floats(0, 0.4))
     def begin(self, seconds: float) -> None:
         assert self.core is not None
         self.clock.advance(seconds)
-        self.stepping = self.core.begin_step()
-        if not self.stepping:
+        if not self.core.begin_step():
             self.take(self.core.collect())
             assert self.core.idle, "an engine with work always has a step: its loop sleeps otherwise"
 
@@ -158,7 +162,6 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         assert self.core is not None
-        self.stepping = False
         self.take(self.core.finish_step())
 
     def take(self, outputs: list[RequestOutput]) -> None:
@@ -186,7 +189,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.core is None:
             return
-        if self.stepping:
+        while self.stepping:
             self.take(self.core.finish_step())
         for _ in range(600):
             if self.core.idle:

@@ -10,13 +10,13 @@ tokens gives other outputs from there on. It also holds the scheduler to the con
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blake3 import blake3
 
 from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import Codec, Dtype
-from isthmus.execution.inference.batch import Batch, SequenceSlice, SliceResult, StepResult
+from isthmus.execution.inference.batch import SAMPLED, Batch, SequenceSlice, SliceResult, StepResult
 
 EMPTY = bytes(32)
 
@@ -89,6 +89,8 @@ class FakeRunner:
     info: ModelInfo = field(default_factory=fake_info)
     on_execute: Callable[[Batch], None] = lambda batch: None
     computed_slots: int = 0
+    eager: bool = False
+    """Steps are done when they are handed in; else when they are waited for, and can be taken back until then."""
     prompt_ends: set[int] = field(default_factory=set)
     """Lengths of prompts that are only prefilled: their last chunk samples nothing."""
 
@@ -98,6 +100,8 @@ class FakeRunner:
         ]
         self.slots: dict[int, tuple[int, bytes]] = {}
         self.batches: list[Batch] = []
+        self.handed_in: list[FakeHandle] = []
+        self.sampled: dict[int, int] = {}
         self.prefilled: list[tuple[tuple[int, ...], str]] = []
 
     def execute(self, batch: Batch) -> "FakeHandle":
@@ -108,7 +112,11 @@ class FakeRunner:
             raise WrongState("two slices of a step write the same block")
         if self.info.states is not None:
             self._check_states(batch, self.info.states)
-        return FakeHandle(self, batch)
+        handle = FakeHandle(self, batch)
+        self.handed_in.append(handle)
+        if self.eager:
+            handle.compute()
+        return handle
 
     def _own_blocks(self, part: SequenceSlice) -> list[int]:
         size = self.info.block_tokens
@@ -208,13 +216,42 @@ class FakeRunner:
 
 @dataclass
 class FakeHandle:
-    """Computes when asked for the result, like a step that takes its time."""
+    """Computes when asked for the result, like a step that takes its time, or at once (`eager`); always in order."""
 
     runner: FakeRunner
     batch: Batch
+    got: StepResult | None = None
+    cancelled: bool = False
 
     def done(self) -> bool:
-        return True
+        return self.got is not None
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        call()
+
+    def cancel(self) -> bool:
+        if self.got is None:
+            self.cancelled = True
+            self.runner.handed_in.remove(self)
+            self.runner.batches.remove(self.batch)
+        return self.cancelled
+
+    def compute(self) -> StepResult:
+        if self.runner.handed_in.pop(0) is not self:
+            raise WrongState("steps are not waited for in the order handed in")
+        slices = [self.known(part) for part in self.batch.slices]
+        results = [self.runner.compute(part) for part in slices]
+        pairs = zip(slices, results, strict=True)
+        self.runner.sampled = {part.serial: got.token_ids[-1] for part, got in pairs if got.token_ids}
+        self.got = StepResult(results)
+        return self.got
+
+    def known(self, part: SequenceSlice) -> SequenceSlice:
+        if list(part.token_ids) != [SAMPLED]:
+            return part
+        return replace(part, token_ids=[self.runner.sampled[part.serial]])
 
     def result(self) -> StepResult:
-        return StepResult([self.runner.compute(part) for part in self.batch.slices])
+        if self.cancelled:
+            raise WrongState("the result of a step that was taken back is waited for")
+        return self.got or self.compute()

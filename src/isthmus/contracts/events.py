@@ -78,11 +78,12 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot of the engine. Counters since the start unless they are named after a state.
 
-    `states_*` are slots of recurrent state (hybrid models; else 0); `snapshot_hits` counts requests that started from
-    another's state snapshot. `constrained` requests, `grammar_refused` of them, restarts of the grammar process, masks
-    it computed and what outputs waited for them (seconds, summed). `profile_s`: seconds of steps by part, empty unless
-    the engine profiles itself. `compiled`: the state of compiled pieces (`building`, `ready`, `failed`; empty when none
-    are wanted), and `compiled_reason` why it is so.
+    `steps_ahead` were scheduled while another ran. `states_*` are slots of recurrent state (hybrid models; else 0);
+    `snapshot_hits` counts requests that started from another's state snapshot. `constrained` requests,
+    `grammar_refused` of them, restarts of the grammar process, masks it computed and what outputs waited for them
+    (seconds, summed). `profile_s`: seconds of steps by part, empty unless the engine profiles itself.
+    `compiled`: the state of compiled pieces (`building`, `ready`, `failed`; empty when none are wanted), and
+    `compiled_reason` why it is so.
     """
 
     waiting: int = 0
@@ -92,6 +93,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     blocks_cached: int = 0
     blocks_leased: int = 0
     steps: int = 0
+    steps_ahead: int = 0
     prompt_tokens: int = 0
     computed_tokens: int = 0
     cached_tokens: int = 0

@@ -40,6 +40,7 @@ _COUNTERS = (
     ("vllm:spec_decode_num_draft_tokens", "Draft tokens proposed.", "draft_tokens"),
     ("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", "accepted_drafts"),
     ("isthmus_engine_steps", "Steps of the engine loop.", "steps"),
+    ("isthmus_engine_steps_ahead", "Steps that were scheduled while another ran.", "steps_ahead"),
     ("isthmus_engine_computed_tokens", "Prompt tokens computed rather than reused.", "computed_tokens"),
     ("isthmus_engine_dedup_waits", "Waits for a block that another request was computing.", "dedup_waits"),
     ("isthmus_engine_rejected", "Requests the engine refused.", "rejected"),

@@ -352,7 +352,7 @@ def test_abort_of_a_request_that_waits_for_an_in_flight_prefix() -> None:
 
 def test_blocks_freed_by_an_abort_during_a_step_are_not_reused_within_it() -> None:
     engine = Harness(blocks=4)
-    engine.submit("a", list(range(12)), max_tokens=3)
+    engine.submit("a", list(range(12)), max_tokens=1)
     assert engine.core.begin_step()
     engine.core.abort(make_request("a", [1]).request_id)
     assert engine.core.stats().blocks_leased == 3

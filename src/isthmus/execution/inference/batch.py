@@ -8,12 +8,15 @@ each draft: 1 to drafts + 1 tokens. Draft verification is by equality with the t
 would give, so speculation never changes an output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from isthmus.contracts.events import ModelInfo, TokenLogprob
 from isthmus.contracts.sampling import SamplingParams
+
+SAMPLED = -1
+"""Stands in a slice for the token that the step handed in before samples for the same `serial`."""
 
 
 @dataclass(slots=True)
@@ -70,8 +73,8 @@ class StateWork:
 class SequenceSlice:
     """One request's part of a step. `blocks` cover positions [0, start + len(token_ids)) in order.
 
-    `state` is there for hybrid models and only then. `serial` is the sequence's own number in its engine, never given
-    twice (a request's id may come again); 0 when it is not known.
+    `token_ids` may be [`SAMPLED`] (ahead.py). `state` is there for hybrid models and only then. `serial` is the
+    sequence's own number in its engine, never given twice (a request's id may come again); 0 when it is not known.
     """
 
     request_id: str
@@ -126,10 +129,18 @@ class StepResult:
 
 
 class StepHandle(Protocol):
-    """A step under way."""
+    """A step that was handed in."""
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
+        ...
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Have `call` called once, from any thread, when the step is done or taken back."""
+        ...
+
+    def cancel(self) -> bool:
+        """Take the step back. False, and nothing happens, when it has begun."""
         ...
 
     def result(self) -> StepResult:
@@ -142,7 +153,8 @@ class Runner(Protocol):
     state memory of `info.states.slots` slots.
 
     Block ids are 0 .. blocks-1, state slots 0 .. states.slots-1. The runner keeps no per-request state between steps,
-    so any request may be resumed, preempted or dropped without telling it. At most one step is under way at a time.
+    so any request may be resumed, preempted or dropped without telling it; but for the tokens of the last step, which
+    the next may begin with (`SAMPLED`). Steps, reads and writes are carried out one by one, in the order handed in.
     """
 
     @property

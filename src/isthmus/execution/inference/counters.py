@@ -13,6 +13,7 @@ class Counters:
     """Counts since the start; names as in `EngineStats`."""
 
     steps: int = 0
+    steps_ahead: int = 0
     prompt_tokens: int = 0
     computed_tokens: int = 0
     cached_tokens: int = 0

@@ -3,7 +3,10 @@
 No threads, sockets or clock reading besides the injected clock: a process (process.py) or a test drives it.
 """
 
+from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import msgspec
 
@@ -34,8 +37,20 @@ def block_format(info: ModelInfo) -> BlockFormat:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was handed in; `ahead` of the tokens of the one before it, or not."""
+
+    batch: Batch
+    handle: StepHandle
+    ahead: bool
+
+
 class EngineCore:
-    """Requests in, outputs out, one step at a time. At most one step is under way."""
+    """Requests in, outputs out, step by step. At most two steps are under way: one that runs and the one after it.
+
+    `wake` is called, from any thread, when a step is done or taken back: `ready` may have changed.
+    """
 
     def __init__(
         self,
@@ -43,14 +58,17 @@ class EngineCore:
         settings: SchedulerSettings,
         clock: Clock,
         grammars: Grammars | None = None,
+        *,
         profile: StepProfile | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._profile = profile
         self._runner = runner
         self._clock = clock
         self._grammars = grammars
         self._scheduler = Scheduler(runner.info, block_format(runner.info).digest(), settings, grammars)
-        self._step: tuple[Batch, StepHandle] | None = None
+        self._steps: deque[_Step] = deque()
+        self._wake = wake
 
     @property
     def info(self) -> ModelInfo:
@@ -59,11 +77,22 @@ class EngineCore:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is left."""
-        return self._scheduler.idle
+        """Whether no request is left, and no step."""
+        return self._scheduler.idle and not self._steps
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return bool(self._steps)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `finish_step` would return at once."""
+        return bool(self._steps) and self._steps[0].handle.done()
 
     def submit(self, request: EngineRequest) -> RequestOutput | None:
         """Queue a request; the output that refuses it when it cannot be taken. Allowed while a step is under way."""
+        self._take_back()
         error: IsthmusError | None = None
         if request.constraint is not None:
             error = (
@@ -78,7 +107,8 @@ class EngineCore:
         )
 
     def abort(self, request_id: RequestId) -> None:
-        """End a request by the end of the step under way. Unknown ids are ignored."""
+        """End a request by the end of the step that runs. Unknown ids are ignored."""
+        self._take_back()
         self._scheduler.abort(request_id, self._clock.monotonic())
 
     def drain(self) -> None:
@@ -86,26 +116,39 @@ class EngineCore:
         self._scheduler.drain()
 
     def begin_step(self) -> bool:
-        """Schedule and start a step. False when there is nothing to run (see `collect`, `wait_s`)."""
-        if self._step is not None:
-            raise ValueError("a step is under way")
+        """Have a step under way, and the one after it where that can be told. False when there is nothing to run
+        (see `collect`, `wait_s`).
+        """
         self._pump()
+        if not self._steps:
+            self._hand_in(None)
+        if len(self._steps) == 1:
+            self._hand_in(self._steps[0].batch)
+        return bool(self._steps)
+
+    def _hand_in(self, last: Batch | None) -> None:
+        """Schedule a step and hand it in; the one after `last`, if that is under way."""
+        now = self._clock.monotonic()
         with self._scheduling():
-            batch = self._scheduler.schedule(self._clock.monotonic())
-        if batch is None:
-            return False
-        self._step = (batch, self._runner.execute(batch))
-        return True
+            batch = self._scheduler.schedule(now) if last is None else self._scheduler.ahead(last, now)
+        if batch is not None:
+            handle = self._runner.execute(batch)
+            self._steps.append(_Step(batch, handle, last is not None))
+            handle.when_done(self._wake)
+
+    def _take_back(self) -> None:
+        """Take back a step that was scheduled ahead and has not begun: what has come may change it."""
+        if self._steps and self._steps[-1].ahead and self._steps[-1].handle.cancel():
+            self._scheduler.take_back(self._steps.pop().batch)
 
     def finish_step(self) -> list[RequestOutput]:
-        """Wait for the step under way and take its result. Raises `EngineFailed` when it could not be computed."""
-        if self._step is None:
+        """Wait for the step that runs and take its result. Raises `EngineFailed` when it could not be computed."""
+        if not self._steps:
             raise ValueError("no step is under way")
-        batch, handle = self._step
-        result = handle.result()
-        self._step = None
+        step = self._steps.popleft()
+        result = step.handle.result()
         with self._scheduling():
-            outputs = self._scheduler.update(batch, result, self._clock.monotonic())
+            outputs = self._scheduler.update(step.batch, result, self._clock.monotonic())
         self._pump()
         return outputs
 

@@ -41,7 +41,10 @@ class Lease:
         return True
 
     def share(self, index: int, block: int) -> None:
-        """Hold `block`, which carries the same key, in place of the one at `index`. Not while a step is under way."""
+        """Hold `block`, which carries the same key, in place of the one at `index`.
+
+        A step under way may go on reading that one: whoever gets it next writes in a later step.
+        """
         own = self._blocks[index]
         if own != block:
             self._pool.retain(block)

@@ -1,7 +1,7 @@
 """From a `Batch` to flat tensors: one row a token, padded to the kernels' row tile, and the rows to sample from."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from isthmus.contracts.errors import EngineFailed
 from isthmus.execution.inference.attention.base import Span
-from isthmus.execution.inference.batch import Batch, SequenceSlice
+from isthmus.execution.inference.batch import SAMPLED, Batch, SequenceSlice
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.models.decoder import Decoder
 from isthmus.execution.inference.models.delta_plan import StateSpan, plan_delta
@@ -28,6 +28,21 @@ class Packed:
     picked: np.ndarray
     sampled: Sequence[range]
     hidden: Sequence[int | None]
+
+
+def with_sampled(batch: Batch, sampled: Mapping[int, int]) -> Batch:
+    """The batch, `SAMPLED` replaced by the token of its serial. Raises `EngineFailed` where there is none."""
+    if all(part.token_ids[0] != SAMPLED for part in batch.slices):
+        return batch
+    slices = []
+    for part in batch.slices:
+        if part.token_ids[0] != SAMPLED:
+            slices.append(part)
+        elif part.serial in sampled:
+            slices.append(replace(part, token_ids=[sampled[part.serial]]))
+        else:
+            raise EngineFailed(f"{part.request_id}: the step before sampled no token for it")
+    return Batch(slices)
 
 
 def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory | None = None) -> Packed:

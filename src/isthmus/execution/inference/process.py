@@ -10,6 +10,7 @@ import select
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from isthmus.contracts.clock import SystemClock
@@ -85,27 +86,73 @@ class Link:
         return data
 
 
+class Bell:
+    """Ends a wait from another thread. Rung many times before it is heard, it is heard once."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    @property
+    def fileno(self) -> int:
+        """Readable once it was rung, until `hush`."""
+        return self._reader.fileno()
+
+    def ring(self) -> None:
+        """End the wait that is under way, or the next one."""
+        # Full means rung often enough.
+        with suppress(BlockingIOError):
+            self._writer.send(b"!")
+
+    def hush(self) -> None:
+        """As if it had never been rung."""
+        with suppress(BlockingIOError):
+            while self._reader.recv(1 << 12):
+                pass
+
+
 class Loop:
     """Drives an `EngineCore` from a `Link`."""
 
-    def __init__(self, core: EngineCore, link: Link) -> None:
+    def __init__(self, core: EngineCore, link: Link, bell: "Bell") -> None:
         self._core = core
         self._link = link
+        self._bell = bell
 
     def run(self) -> None:
         """Until the parent hangs up."""
         wait: float | None = 0.0
+        outputs: list[RequestOutput] = []
         while True:
-            refused = self._obey(self._link.poll(wait, *self._core.watched()))
+            outputs += self._obey(self._link.poll(wait, *self._core.watched()))
             stepping = self._core.begin_step()
+            if not stepping:
+                outputs += self._core.collect()
+            # What a step gave is sent once the next one runs.
+            outputs = self._send(outputs)
             if stepping:
-                refused += self._obey(self._link.poll(0.0))
-                outputs = refused + self._core.finish_step()
+                outputs = self._await_step() + self._core.finish_step()
+                wait = 0.0 if self._core.stepping else self._core.grace_s()
+                if wait:
+                    outputs = self._send(outputs)
             else:
-                outputs = refused + self._core.collect()
-            if outputs:
-                self._link.send(Outputs(outputs, self._core.stats()))
-            wait = self._core.grace_s() if stepping else self._core.wait_s()
+                wait = self._core.wait_s()
+
+    def _send(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Send what there is; returns what is left to be sent, nothing."""
+        if outputs:
+            self._link.send(Outputs(outputs, self._core.stats()))
+        return []
+
+    def _await_step(self) -> list[RequestOutput]:
+        """Carry out what comes until the step is done. Returns the outputs that refuse requests."""
+        refused: list[RequestOutput] = []
+        while True:
+            self._bell.hush()
+            if self._core.ready:
+                return refused
+            refused += self._obey(self._link.poll(None, [self._bell.fileno]))
 
     def _obey(self, commands: list[Command]) -> list[RequestOutput]:
         """Carry out commands. Returns the outputs that refuse requests."""
@@ -145,11 +192,11 @@ def serve(link: Link) -> None:
         draft_tokens=settings.scheduler.draft_tokens,
     )
     try:
-        core = EngineCore(
-            runner, settings.scheduler, clock, grammars, profile=runner.profile if settings.profile else None
-        )
+        profile = runner.profile if settings.profile else None
+        bell = Bell()
+        core = EngineCore(runner, settings.scheduler, clock, grammars, profile=profile, wake=bell.ring)
         link.send(Ready(core.info))
-        Loop(core, link).run()
+        Loop(core, link, bell).run()
     finally:
         grammars.shut()
         runner.close()

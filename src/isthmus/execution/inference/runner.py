@@ -4,7 +4,6 @@
 next step can be scheduled meanwhile. A step that raises fails its handle with `EngineFailed`, naming no content.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from isthmus.contracts.layout import BlockFormat, Codec, Dtype, StateFormat
 from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
 from isthmus.execution.inference.compiled.service import Compiled, open_compiled
+from isthmus.execution.inference.cores import choose_threads
 from isthmus.execution.inference.exact import exact_kernels
 from isthmus.execution.inference.exact_proof import prove_exact
 from isthmus.execution.inference.heap import available_bytes
@@ -29,7 +29,7 @@ from isthmus.execution.inference.models.delta_plan import GRID_TOKENS
 from isthmus.execution.inference.models.families import tensor_layout
 from isthmus.execution.inference.models.pieces import eager_pieces
 from isthmus.execution.inference.models.step import Kernels, rms_norm, swiglu
-from isthmus.execution.inference.packing import pack
+from isthmus.execution.inference.packing import pack, with_sampled
 from isthmus.execution.inference.profile import SAMPLING, StepProfile, profiled
 from isthmus.execution.inference.sampler.sampler import Sampler
 from isthmus.execution.inference.settings import EngineSettings
@@ -60,6 +60,14 @@ class _Step:
         """Whether `result` would return at once."""
         return self._future.done()
 
+    def when_done(self, call: Callable[[], None]) -> None:
+        """See `StepHandle`."""
+        self._future.add_done_callback(lambda _: call())
+
+    def cancel(self) -> bool:
+        """See `StepHandle`."""
+        return self._future.cancel()
+
     def result(self) -> StepResult:
         """Wait for the step. Raises `EngineFailed`."""
         try:
@@ -72,7 +80,7 @@ class _Step:
 
 
 class TorchRunner:
-    """`Runner` in PyTorch. At most one step is under way; blocks and states are read and written between steps."""
+    """`Runner` in PyTorch: one worker does everything in the order handed in."""
 
     def __init__(
         self,
@@ -94,6 +102,7 @@ class TorchRunner:
         self._info = info
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="isthmus-step")
         self.sampler = Sampler()
+        self._sampled: dict[int, int] = {}
 
     @property
     def info(self) -> ModelInfo:
@@ -134,8 +143,13 @@ class TorchRunner:
     def _run(self, batch: Batch) -> StepResult:
         if self.compiled is not None:
             self.compiled.poll()
+        before, self._sampled = self._sampled, {}
+        batch = with_sampled(batch, before)
         with self.profile.step(), torch.inference_mode():
-            return self._compute(batch)
+            result = self._compute(batch)
+        pairs = zip(batch.slices, result.slices, strict=True)
+        self._sampled = {part.serial: got.token_ids[-1] for part, got in pairs if part.serial and got.token_ids}
+        return result
 
     def _compute(self, batch: Batch) -> StepResult:
         # In exact mode never: how work is split over threads is part of what the self-test proved.
@@ -176,7 +190,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
     config = load_config(folder)
     device = _device(settings)
     dtype = _dtype(settings, config, device)
-    threads = settings.threads or len(os.sched_getaffinity(0))
+    threads = settings.threads or choose_threads(dtype)
     torch.set_num_threads(threads)
     layout = tensor_layout(config)
     weights = load_weights(

@@ -1,6 +1,7 @@
 """The scheduler: which tokens of which requests the next step computes. Pure: no I/O, no clock of its own, no tensors.
 
     schedule(now) -> Batch      update(batch, result, now) -> outputs      add / abort at any time in between
+    ahead(batch, now) -> Batch  the step after one under way, where it can be told (ahead.py)
 
 Promises
 - A step computes at most `max_batch_tokens` tokens: first one token (plus drafts) for every decoding sequence, then
@@ -24,6 +25,7 @@ from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
 from isthmus.contracts.requests import EngineRequest, Work
 from isthmus.execution.inference.admission import Admission
+from isthmus.execution.inference.ahead import banned_tokens, ends, follow, foreseeable
 from isthmus.execution.inference.batch import Batch, SequenceSlice, StepResult
 from isthmus.execution.inference.counters import Counters
 from isthmus.execution.inference.grammar.port import MaskSource
@@ -84,7 +86,7 @@ class Scheduler:
         sequence = self._all.get(request_id)
         if sequence is None or sequence.doomed is not None:
             return
-        if sequence.in_step:
+        if sequence.steps:
             sequence.doomed = finish
         else:
             self._end(sequence, finish, now)
@@ -135,10 +137,51 @@ class Scheduler:
         if not parts:
             return None
         for sequence in self._running:
-            sequence.in_step = sequence.id in parts
-            if self._states is not None and sequence.in_step:
+            sequence.steps = int(sequence.id in parts)
+            if self._states is not None and sequence.steps:
                 parts[sequence.id] = self._states.attach(sequence, parts[sequence.id])
         return Batch(list(parts.values()))
+
+    def ahead(self, batch: Batch, now: float) -> Batch | None:
+        """The step after `batch`, the last that was handed in; None where its tokens or the queue decide what comes."""
+        settings, deadline = self._settings, self.next_deadline()
+        if settings.draft_tokens or self._states is not None or self._blocked:
+            return None
+        if len(self._waiting) and len(self._running) < settings.max_running:
+            return None
+        if not settings.overlap or (deadline is not None and deadline <= now):
+            return None
+        running = {sequence.serial: sequence for sequence in self._running}
+        going_on: list[tuple[Sequence, SequenceSlice]] = []
+        for part in batch.slices:
+            sequence = running.pop(part.serial, None)
+            if sequence is None or sequence.doomed is not None:
+                continue
+            if not foreseeable(sequence, part):
+                return None
+            if not ends(part, self._info):
+                going_on.append((sequence, part))
+        if running or not going_on:
+            return None
+        if not all(self._reserve(sequence, self._blocks_for(part.end + 1), 0) for sequence, part in going_on):
+            return None
+        for sequence, _ in going_on:
+            sequence.steps += 1
+        self._counters.steps_ahead += 1
+        return Batch([follow(sequence, part, self._info) for sequence, part in going_on])
+
+    def take_back(self, batch: Batch) -> None:
+        """`batch`, scheduled ahead, will not be run."""
+        self._counters.steps_ahead -= 1
+        for part in batch.slices:
+            sequence = self._part_of(part)
+            if sequence is not None:
+                sequence.steps -= 1
+
+    def _part_of(self, part: SequenceSlice) -> Sequence | None:
+        """The sequence of a slice; None when it has ended."""
+        sequence = self._all.get(RequestId(part.request_id))
+        return sequence if sequence is not None and sequence.serial == part.serial else None
 
     def _admit(self, budget: int, parts: dict[RequestId, SequenceSlice], now: float) -> None:
         """Start waiting requests while tokens, places and blocks last.
@@ -228,7 +271,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return 0
-        banned = self._banned(sequence)
+        banned = banned_tokens(sequence, self._info, len(sequence.history.output))
         masks: list[bytes] | None = None
         if self._masks is not None and sequence.request.constraint is not None:
             _, masks = self._masks.part(sequence.id, len(drafts))
@@ -254,13 +297,6 @@ class Scheduler:
             return self._masks.part(sequence.id, most)[0]
         return sequence.drafts(most)
 
-    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
-        """Tokens that may not be chosen before min_tokens."""
-        params = sequence.request.sampling
-        if len(sequence.history.output) >= params.min_tokens:
-            return ()
-        return tuple(sorted({*self._info.eos_token_ids, *params.stop_token_ids}))
-
     def _promised(self) -> int:
         """Blocks that running sequences still need for the tokens they have."""
         held = ((s, len(s.lease.blocks)) for s in self._running if s.lease is not None)
@@ -285,10 +321,12 @@ class Scheduler:
         self._counters.steps += 1
         outputs: list[RequestOutput] = []
         for part, got in zip(batch.slices, result.slices, strict=True):
-            sequence = self._all[RequestId(part.request_id)]
-            sequence.in_step = False
-            sequence.advance(part, got)
             self._counters.computed_tokens += len(part.token_ids)
+            sequence = self._part_of(part)
+            if sequence is None:
+                continue  # It ended with the step before.
+            sequence.steps -= 1
+            sequence.advance(part, got)
             self._counters.accepted_drafts += got.accepted_drafts
             self._commit(sequence)
             if sequence.doomed is not None:
@@ -296,7 +334,7 @@ class Scheduler:
                 self._end(sequence, sequence.doomed, now)
                 continue
             output, finish = take_result(sequence, got, self._info, now)
-            if sequence.lease is not None:
+            if sequence.lease is not None and not sequence.steps:
                 sequence.lease.truncate(self._blocks_for(sequence.computed))
             self._commit(sequence)
             self._settle(sequence)

@@ -50,7 +50,7 @@ class Sequence:
         self.first_token: float | None = None
         self.cached_tokens: int | None = None
         self.preemptions = 0
-        self.in_step = False
+        self.steps = 0  # that it is part of and whose results were not taken
         self.doomed: Finish | None = None
         self.failure: ErrorInfo | None = None
         self.digest = b""

@@ -18,6 +18,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     prompts in a step in which others decode, which wait for it. `max_running`: sequences that hold
     blocks at a time. `max_waiting`: requests queued beyond those; one more is refused. `ageing_s`: seconds of waiting
     that make up for one level of priority. `draft_tokens`: guesses a request a step by prompt lookup, 0 for none.
+    `overlap`: schedule the next step while one runs, where it can be told (ahead.py).
     `snapshots`: which recurrent states of a hybrid model are kept for reuse, one of `SNAPSHOT_POLICIES` (recurrent.py);
     the others than `turns` are there to be compared with.
     """
@@ -28,6 +29,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 512
     ageing_s: float = 5.0
     draft_tokens: int = 0
+    overlap: bool = True
     snapshots: str = "turns"
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `model` is a folder in the Hugging Face layout; `name` is what clients call it. `kv_bytes` is the size of the block
     pool's memory, `state_bytes` that of the recurrent states of a hybrid model (others take none). `max_model_len` 0
-    means the model's own limit. `threads` 0 means one a core. `profile`: tell where the time of
+    means the model's own limit. `threads` 0: see cores.py. `profile`: tell where the time of
     steps goes (profile.py). `compiled`: `auto` compiles the pointwise pieces beside the running engine (on a CPU, not
     in exact mode) and keeps them in `compiled_dir` (compiled/); `off` does not.
     """
