@@ -60,9 +60,11 @@ class EngineCore:
         grammars: Grammars | None = None,
         *,
         profile: StepProfile | None = None,
+        compiled: Callable[[], tuple[str, str]] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._profile = profile
+        self._compiled = compiled
         self._runner = runner
         self._clock = clock
         self._grammars = grammars
@@ -185,6 +187,9 @@ class EngineCore:
         stats = self._scheduler.stats()
         if self._profile is not None:
             stats = msgspec.structs.replace(stats, profile_s=dict(self._profile.seconds))
+        if self._compiled is not None:
+            state, reason = self._compiled()
+            stats = msgspec.structs.replace(stats, compiled=state, compiled_reason=reason)
         if self._grammars is None:
             return stats
         counters = self._grammars.counters

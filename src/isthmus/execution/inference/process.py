@@ -194,7 +194,8 @@ def serve(link: Link) -> None:
     try:
         profile = runner.profile if settings.profile else None
         bell = Bell()
-        core = EngineCore(runner, settings.scheduler, clock, grammars, profile=profile, wake=bell.ring)
+        told = None if runner.compiled is None else runner.compiled.told
+        core = EngineCore(runner, settings.scheduler, clock, grammars, profile=profile, compiled=told, wake=bell.ring)
         link.send(Ready(core.info))
         Loop(core, link, bell).run()
     finally:
