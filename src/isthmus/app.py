@@ -194,6 +194,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         max_waiting=settings.max_waiting,
         ageing_s=settings.ageing_s,
         draft_tokens=settings.speculate,
+        overlap=settings.overlap == "on" or (settings.overlap == "auto" and settings.device != "cpu"),
     )
     return EngineSettings(
         model=str(settings.model_folder),

@@ -114,6 +114,11 @@ class Settings:
     ageing_s: float = _setting(
         5.0, "Engine", "number", "Seconds of waiting that make up for one level of priority.", low=0.001, high=86_400
     )
+    overlap: str = _setting(
+        "auto", "Engine", "text",
+        "Hand in the next step while one runs; `auto`: unless a step takes the processor itself (device `cpu`).",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
     speculate: int = _setting(
         0, "Engine", "integer", "Tokens guessed a step from repeated text in the request itself; 0 is off.", high=16
     )

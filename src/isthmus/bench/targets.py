@@ -167,9 +167,9 @@ class ServerTarget(_TreeTarget):
         return time.monotonic() - started
 
     def _healthy(self) -> bool:
-        return self._get("/health") is not None
+        return self.page("/health") is not None
 
-    def _get(self, path: str) -> str | None:
+    def page(self, path: str) -> str | None:
         """The body of a page; None unless it is answered with 200."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=5) as answer:
@@ -179,7 +179,7 @@ class ServerTarget(_TreeTarget):
 
     def profile(self) -> dict[str, float]:
         """See `Target`. From our own metrics."""
-        return {part: float(seconds) for part, seconds in _PART.findall(self._get("/metrics") or "")}
+        return {part: float(seconds) for part, seconds in _PART.findall(self.page("/metrics") or "")}
 
     def run(self, asks: Sequence[Ask]) -> list[Trace]:
         """See `Target`."""

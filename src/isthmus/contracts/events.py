@@ -75,6 +75,10 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     error: ErrorInfo | None = None
 
 
+BUILDING = "building"
+"""`EngineStats.compiled` while pieces are being compiled."""
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot of the engine. Counters since the start unless they are named after a state.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.errors import InvalidInput, IsthmusError
 from isthmus.contracts.events import (
+    BUILDING,
     Abort,
     Command,
     Drain,
@@ -37,7 +38,7 @@ from isthmus.execution.inference.settings import EngineSettings
 
 RECEIVE_BYTES = 1 << 18
 SEND_TIMEOUT_S = 30.0
-STATS_INTERVAL_S = 1.0
+BUILD_POLL_S = 1.0
 SETTINGS_FRAME_BYTES = 1 << 16
 
 
@@ -111,6 +112,11 @@ class Bell:
             while self._reader.recv(1 << 12):
                 pass
 
+    def close(self) -> None:
+        """Nobody rings any more."""
+        self._reader.close()
+        self._writer.close()
+
 
 class Loop:
     """Drives an `EngineCore` from a `Link`."""
@@ -119,6 +125,7 @@ class Loop:
         self._core = core
         self._link = link
         self._bell = bell
+        self._compiled = ""
 
     def run(self) -> None:
         """Until the parent hangs up."""
@@ -132,12 +139,22 @@ class Loop:
             # What a step gave is sent once the next one runs.
             outputs = self._send(outputs)
             if stepping:
-                outputs = self._await_step() + self._core.finish_step()
+                outputs = self._await_step()
+                if self._core.stepping:
+                    outputs += self._core.finish_step()
                 wait = 0.0 if self._core.stepping else self._core.grace_s()
                 if wait:
                     outputs = self._send(outputs)
             else:
-                wait = self._core.wait_s()
+                wait = self._idle_s()
+
+    def _idle_s(self) -> float | None:
+        """How long to wait without a step. A build of compiled pieces is looked at meanwhile, and told when it ends."""
+        stats, wait = self._core.stats(), self._core.wait_s()
+        if stats.compiled != self._compiled:
+            self._compiled = stats.compiled
+            self._link.send(Outputs([], stats))
+        return wait if stats.compiled != BUILDING else min(BUILD_POLL_S, BUILD_POLL_S if wait is None else wait)
 
     def _send(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Send what there is; returns what is left to be sent, nothing."""
@@ -146,11 +163,13 @@ class Loop:
         return []
 
     def _await_step(self) -> list[RequestOutput]:
-        """Carry out what comes until the step is done. Returns the outputs that refuse requests."""
+        """Carry out what comes until the step is done, or taken back because of it. Returns the outputs that refuse
+        requests.
+        """
         refused: list[RequestOutput] = []
         while True:
             self._bell.hush()
-            if self._core.ready:
+            if self._core.ready or not self._core.stepping:
                 return refused
             refused += self._obey(self._link.poll(None, [self._bell.fileno]))
 
@@ -182,7 +201,7 @@ def serve(link: Link) -> None:
     runner = open_runner(settings, lambda stage, fraction: link.send(Progress(stage, fraction)))
     if not (keep_freed() and kept):
         sys.stderr.write("isthmus-engine: this libc cannot be told to keep freed memory; steps will be slower\n")
-    clock = SystemClock()
+    clock, bell = SystemClock(), Bell()
     grammars = Grammars(
         runner.info,
         str(Path(settings.model).resolve() / "tokenizer.json"),
@@ -193,14 +212,14 @@ def serve(link: Link) -> None:
     )
     try:
         profile = runner.profile if settings.profile else None
-        bell = Bell()
-        told = None if runner.compiled is None else runner.compiled.told
-        core = EngineCore(runner, settings.scheduler, clock, grammars, profile=profile, compiled=told, wake=bell.ring)
+        told, wake = runner.compiled_state, bell.ring
+        core = EngineCore(runner, settings.scheduler, clock, grammars, profile=profile, compiled=told, wake=wake)
         link.send(Ready(core.info))
         Loop(core, link, bell).run()
     finally:
         grammars.shut()
         runner.close()
+        bell.close()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import BlockFormat, Codec, Dtype, StateFormat
 from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
-from isthmus.execution.inference.compiled.service import Compiled, open_compiled
+from isthmus.execution.inference.compiled.service import Compiled, CompiledState, open_compiled
 from isthmus.execution.inference.cores import choose_threads
 from isthmus.execution.inference.exact import exact_kernels
 from isthmus.execution.inference.exact_proof import prove_exact
@@ -113,6 +113,14 @@ class TorchRunner:
         """Start a step and return at once."""
         return _Step(self._worker.submit(self._run, batch))
 
+    def compiled_state(self) -> tuple[str, str]:
+        """State and reason of the compiled pieces, for `EngineStats`. Has a build that ended taken up between steps."""
+        if self.compiled is None:
+            return "", ""
+        if self.compiled.state is CompiledState.BUILDING:
+            self._worker.submit(self.compiled.poll)
+        return self.compiled.told()
+
     def read_block(self, block: int) -> bytes:
         """See `Runner`. After the steps handed in before it."""
         return self._worker.submit(self._memory.read_block, block).result()
@@ -141,8 +149,6 @@ class TorchRunner:
             self.compiled.close()
 
     def _run(self, batch: Batch) -> StepResult:
-        if self.compiled is not None:
-            self.compiled.poll()
         before, self._sampled = self._sampled, {}
         batch = with_sampled(batch, before)
         with self.profile.step(), torch.inference_mode():

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from isthmus.contracts.clock import Clock
+from isthmus.contracts.events import BUILDING
 from isthmus.execution.inference.compiled.cache import Refused, load_entry, open_cache
 from isthmus.execution.inference.compiled.spec import PieceSpec, cache_key, describe, this_machine
 from isthmus.execution.inference.heap import available_bytes
@@ -39,7 +40,7 @@ class CompiledState(enum.StrEnum):
     """Where the pieces come from."""
 
     OFF = "off"
-    BUILDING = "building"
+    BUILDING = BUILDING
     READY = "ready"
     FAILED = "failed"
 
