@@ -1,5 +1,6 @@
 """The loop of the engine's process, over a real socket pair and a core that does as it is told."""
 
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -62,10 +63,10 @@ class Core:
 
 class World:
     def __init__(self) -> None:
-        self.ours, theirs = socket.socketpair()
+        self.ours, self.theirs = socket.socketpair()
         self.ours.settimeout(WITHIN_S)
         self.core, self.bell = Core(), Bell()
-        loop = Loop(self.core, Link(theirs), self.bell)  # type: ignore[arg-type]
+        loop = Loop(self.core, Link(self.theirs), self.bell)  # type: ignore[arg-type]
 
         def run() -> None:
             with pytest.raises(Hangup):
@@ -93,6 +94,8 @@ def world() -> Iterator[World]:
     made = World()
     yield made
     made.ours.close()
+    made.theirs.close()
+    made.bell.close()
 
 
 def test_a_step_that_is_taken_back_while_it_is_awaited_is_not_waited_for(world: World) -> None:
@@ -125,7 +128,7 @@ def test_a_bell_that_rings_often_is_heard_once() -> None:
     bell = Bell()
     for _ in range(100_000):
         bell.ring()
+    assert select.select([bell.fileno], [], [], 0)[0]
     bell.hush()
-    bell.hush()
-    bell.ring()
-    bell.hush()
+    assert not select.select([bell.fileno], [], [], 0)[0]
+    bell.close()
