@@ -137,7 +137,8 @@ class StateInfo(msgspec.Struct, frozen=True):
 class ModelInfo(msgspec.Struct, frozen=True):
     """What an engine serves. `weights` is the 32-byte digest that is part of every BlockKey.
 
-    `layers` counts the layers that have keys and values; `states` is there when others are recurrent.
+    `layers` counts the layers that have keys and values; `states` is there when others are recurrent; `arithmetic` is
+    as in `BlockFormat`.
     """
 
     name: str
@@ -158,6 +159,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     codec: Codec
     eos_token_ids: list[int]
     states: StateInfo | None = None
+    arithmetic: str = ""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

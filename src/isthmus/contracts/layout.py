@@ -54,7 +54,9 @@ class BlockFormat:
     """Everything besides the tokens that decides whether two blocks' bytes are interchangeable.
 
     `weights` is the 32-byte digest of the model's weights and config. `slice_index` of `slice_count` names the part
-    that a tensor-parallel rank holds (0 of 1 when whole).
+    that a tensor-parallel rank holds (0 of 1 when whole). `arithmetic` names how the numbers were computed where that
+    is promised to give the same bits (exact mode: state computed in any other way must not be mixed in), else it is
+    empty.
     """
 
     weights: bytes
@@ -66,6 +68,7 @@ class BlockFormat:
     slice_index: int = 0
     slice_count: int = 1
     codec: Codec = Codec.RAW
+    arithmetic: str = ""
 
     def __post_init__(self) -> None:
         if len(self.weights) != 32:
@@ -90,7 +93,7 @@ class BlockFormat:
         """32 bytes that differ whenever any field differs (length-framed, domain-separated)."""
         numbers = (LAYOUT_VERSION, self.layers, self.kv_heads, self.head_dim, self.block_tokens)
         parallel = (self.slice_index, self.slice_count)
-        fields = [self.weights, self.dtype.encode(), self.codec.encode()]
+        fields = [self.weights, self.dtype.encode(), self.codec.encode(), self.arithmetic.encode()]
         fields += [number.to_bytes(8, "little") for number in (*numbers, *parallel)]
         return blake3(frame(b"isthmus/block-format/v1", *fields)).digest()
 
@@ -113,6 +116,7 @@ class StateFormat:
     slice_index: int = 0
     slice_count: int = 1
     codec: Codec = Codec.RAW
+    arithmetic: str = ""
 
     def __post_init__(self) -> None:
         if len(self.weights) != 32:
@@ -144,5 +148,6 @@ class StateFormat:
         """32 bytes that differ whenever any field differs (length-framed, domain-separated)."""
         shape = (self.layers, self.channels, self.history, self.heads, self.key_dim, self.value_dim)
         numbers = (LAYOUT_VERSION, *shape, self.slice_index, self.slice_count)
-        fields = [self.weights, self.codec.encode(), *(number.to_bytes(8, "little") for number in numbers)]
+        fields = [self.weights, self.codec.encode(), self.arithmetic.encode()]
+        fields += [number.to_bytes(8, "little") for number in numbers]
         return blake3(frame(b"isthmus/state-format/v1", *fields)).digest()

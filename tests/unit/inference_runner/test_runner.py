@@ -1,6 +1,7 @@
 """The runner's contract: chunks, batches, drafts, blocks, hidden states; exact mode bitwise, the default closely."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from isthmus.contracts.errors import ConfigInvalid, EngineFailed, ExactUnavailab
 from isthmus.contracts.sampling import SamplingParams
 from isthmus.execution.inference import exact
 from isthmus.execution.inference.batch import Batch, SampleTask, SequenceSlice, TokenHistory
+from isthmus.execution.inference.compiled.spec import Machine
+from isthmus.execution.inference.exact_proof import exact_arithmetic
 from isthmus.execution.inference.runner import TorchRunner
 
 LENGTHS = (1, 7, 18, 33, 70, 71, 100, 3)
@@ -71,9 +74,18 @@ def test_exact_mode_is_bitwise_the_same_alone_batched_chunked_and_in_other_block
         assert one.output == two.output == three.output
 
 
+def test_the_name_of_exact_arithmetic_differs_with_all_that_bits_depend_on() -> None:
+    base = Machine("2.13.0", "AVX2", "x86_64", "fma avx2")
+    changed = [replace(base, **{name: "other"}) for name in ("torch", "capability", "architecture", "flags")]
+    names = {exact_arithmetic(machine, 2) for machine in [base, *changed]} | {exact_arithmetic(base, 3)}
+    assert len(names) == 6
+    assert exact_arithmetic(base, 2) in names
+
+
 def test_exact_mode_is_bitwise_the_same_over_written_blocks(folder: Path) -> None:
     """Reuse: blocks that were read, and written back elsewhere, give the logits of computing them."""
     runner = open_tiny(folder, exact=True)
+    assert len(runner.info.arithmetic) == 32
     prompt = prompts()[6]
     whole = Request("a", prompt, range(8), greedy())
     generate(runner, [whole], 4)
@@ -134,6 +146,7 @@ def test_default_mode_agrees_closely_over_batches_and_chunks(folder: Path, dtype
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_block_comes_back_bit_for_bit(folder: Path, dtype: str) -> None:
     runner = open_tiny(folder, dtype=dtype)
+    assert runner.info.arithmetic == "", "the default mode promises no bits"
     record = np.random.default_rng(1).integers(0, 256, runner.info.block_bytes, np.uint8).tobytes()
     last = runner.info.blocks - 1
     runner.write_block(last, record)

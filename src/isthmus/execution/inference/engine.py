@@ -34,6 +34,7 @@ def block_format(info: ModelInfo) -> BlockFormat:
         head_dim=info.head_dim,
         block_tokens=info.block_tokens,
         codec=info.codec,
+        arithmetic=info.arithmetic,
     )
 
 

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from blake3 import blake3
 
 from isthmus.contracts.errors import ExactUnavailable
+from isthmus.contracts.framing import frame
 from isthmus.contracts.sampling import SamplingParams
 from isthmus.execution.inference.batch import (
     Batch,
@@ -22,6 +24,7 @@ from isthmus.execution.inference.batch import (
     StateWork,
     TokenHistory,
 )
+from isthmus.execution.inference.compiled.spec import Machine
 from isthmus.execution.inference.models.decoder import Decoder
 
 LENGTHS = (200, 70, 33, 9, 1)
@@ -68,6 +71,16 @@ class _Request:
         self.computed = part.end - part.drafts + result.accepted_drafts
         self.output.extend(result.token_ids)
         self.digests.extend(result.digests or [])
+
+
+def exact_arithmetic(machine: Machine, threads: int) -> str:
+    """The name of exact mode's bits: what they depend on besides the model. 32 hexadecimal digits.
+
+    Another release of torch, other instructions or another number of threads may round otherwise; the self-test proves
+    that the bits are the same within one of them, nothing between two.
+    """
+    parts = (machine.torch, machine.capability, machine.architecture, machine.flags, str(threads))
+    return blake3(frame(b"isthmus/exact-arithmetic/v1", *(part.encode() for part in parts))).hexdigest(length=16)
 
 
 def prove_exact(runner: Runner, decoder: Decoder) -> None:

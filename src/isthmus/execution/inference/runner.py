@@ -17,9 +17,10 @@ from isthmus.contracts.layout import BlockFormat, Codec, Dtype, StateFormat
 from isthmus.execution.inference.attention.gathered import GatheredAttention
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
 from isthmus.execution.inference.compiled.service import Compiled, CompiledState, open_compiled
+from isthmus.execution.inference.compiled.spec import this_machine
 from isthmus.execution.inference.cores import choose_threads
 from isthmus.execution.inference.exact import exact_kernels
-from isthmus.execution.inference.exact_proof import prove_exact
+from isthmus.execution.inference.exact_proof import exact_arithmetic, prove_exact
 from isthmus.execution.inference.heap import available_bytes
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.dense import computes_bf16, dense_linear
@@ -236,6 +237,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         codec=Codec.RAW,
         eos_token_ids=list(config.eos_token_ids),
         states=None if states is None else StateInfo(states.slots, states.shape.state_bytes, GRID_TOKENS),
+        arithmetic=exact_arithmetic(this_machine(), threads) if settings.exact else "",
     )
     compiled = open_compiled(settings, decoder, SystemClock()) if device.type == "cpu" else None
     runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile, compiled=compiled)
