@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from isthmus.contracts.sampling import SamplingParams
 from isthmus.execution.inference.batch import SampleTask, SequenceSlice, TokenHistory
+from isthmus.execution.inference.sampler.choose import ranked
 from isthmus.execution.inference.sampler.draws import uniform
 from isthmus.execution.inference.sampler.sampler import Sampler
 
@@ -215,3 +216,20 @@ def test_logits_that_are_not_finite_are_counted_and_harm_no_other_row() -> None:
     both = sampler.sample(logits, tasks, [range(1), range(1, 2)])
     assert sampler.counters.not_finite == 1
     assert both[1] == Sampler().sample(logits[1:], tasks[1:], [range(1)])[0]
+
+
+@given(
+    values=st.lists(
+        st.one_of(st.sampled_from([0.0, -0.0, 0.25, 0.25, math.inf, -math.inf]), st.floats(width=32, allow_nan=False)),
+        min_size=1,
+        max_size=60,
+    ),
+    seed=st.integers(0, 9),
+)
+def test_ranking_is_by_value_then_by_id(values: list[float], seed: int) -> None:
+    row = np.array(values, np.float32)
+    ids = np.random.default_rng(seed).permutation(1 << 12)[: row.size].astype(np.int64)
+    order = np.lexsort((ids, -row))
+    found_values, found_ids = ranked(row, ids)
+    assert np.array_equal(found_values, row[order])
+    assert np.array_equal(found_ids, ids[order])
