@@ -6,6 +6,7 @@ more than `MOST_OTHER_LOAD` cores busy is thrown away and repeated, a few times 
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,15 @@ from isthmus.bench import model
 from isthmus.bench.figures import best, figures
 from isthmus.bench.limits import Machine, least_seconds
 from isthmus.bench.meters import cpu_seconds, memory_bytes, other_load, read
-from isthmus.bench.targets import Target
+from isthmus.bench.targets import ServerTarget, Target
 from isthmus.bench.workloads import Workload, build
 
 MOST_OTHER_LOAD = 0.3
 MOST_TRIES = 5
 _SETTLE_S = 0.3
 _DIGITS = 5
+_BUILD_TIMEOUT_S = 300
+_STATE = re.compile(r'^isthmus_compiled_pieces\{[^}]*state="(\w+)"[^}]*\} 1', re.MULTILINE)
 
 Say = Callable[[str], None]
 
@@ -43,6 +46,24 @@ class Plan:
     rounds: int
     seed: int
     per_s: float
+
+
+def compile_pieces(ours: Target, say: Say) -> str:
+    """Have this engine compile its pieces: it does so beside its first requests, once on a machine. Their state."""
+    if not isinstance(ours, ServerTarget):
+        return ""
+    say("compiling pieces, unless they are there")
+    ours.start()
+    until = time.monotonic() + _BUILD_TIMEOUT_S
+    try:
+        while time.monotonic() < until:
+            found = _STATE.search(ours.page("/metrics") or "")
+            if found is not None and found[1] != "building":
+                return found[1]
+            time.sleep(1.0)
+    finally:
+        ours.stop()
+    return "building"
 
 
 def measure(targets: Sequence[Target], plan: Plan, say: Say) -> dict[str, EngineRuns]:

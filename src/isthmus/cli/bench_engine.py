@@ -3,11 +3,9 @@
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from isthmus.cli.terminal import BOLD, DIM, Screen
 OURS = "isthmus"
 _NAME = "bench"
 _ROOFLINE_TIMEOUT_S = 120
-_BUILD_TIMEOUT_S = 300
-_STATE = re.compile(r'^isthmus_compiled_pieces\{[^}]*state="(\w+)"[^}]*\} 1', re.MULTILINE)
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
 
@@ -44,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work, meters.lock(arguments.folder / ".lock"):
         machine = _machine(threads, arguments.dtype)
         targets = _targets(arguments, threads, machine.dtype, Path(work))
-        settings |= {"dtype": machine.dtype, "pieces": _pieces(targets[0], say)}
+        settings |= {"dtype": machine.dtype, "pieces": engines.compile_pieces(targets[0], say)}
         head = report.header("engine", plan.seed, settings)
         try:
             found = engines.measure(targets, plan, say)
@@ -67,24 +63,6 @@ def _machine(threads: int, dtype: str) -> Machine:
     if result.returncode:
         raise CommandFailed(f"the machine's limits could not be measured: {result.stderr[-500:]}")
     return Machine(**json.loads(result.stdout))
-
-
-def _pieces(ours: Target, say: engines.Say) -> str:
-    """Have this engine compile its pieces: it does so beside its first requests, once on a machine. Their state."""
-    if not isinstance(ours, ServerTarget):
-        return ""
-    say("compiling pieces, unless they are there")
-    ours.start()
-    until = time.monotonic() + _BUILD_TIMEOUT_S
-    try:
-        while time.monotonic() < until:
-            found = _STATE.search(ours.page("/metrics") or "")
-            if found is not None and found[1] != "building":
-                return found[1]
-            time.sleep(1.0)
-    finally:
-        ours.stop()
-    return "building"
 
 
 def _targets(arguments: argparse.Namespace, threads: int, dtype: str, work: Path) -> list[Target]:
