@@ -12,8 +12,8 @@ _SIGN = np.uint32(1 << 31)
 def ranked(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sorted by descending value, ties by ascending id. float32 without NaN, ids from 0 to 2^32 - 1.
 
-    Value and id are sorted as one integer, which NumPy does several times as fast as it sorts by two keys (measured:
-    0.9 against 3.7 ms for 32,000). As integers floats ascend from 0 on and descend below it: the sign is turned, or all.
+    Value and id are sorted as one integer: NumPy does that several times as fast as it sorts by two keys (measured: 0.9
+    against 3.7 ms for 32,000). As integers floats ascend from 0 on and descend below it: the sign is turned, or all.
     """
     bits = (np.ascontiguousarray(values, np.float32) + np.float32(0.0)).view(np.uint32)  # + 0.0: of zeros there is one
     descending = np.where(bits >> 31, bits, ~(bits | _SIGN))
