@@ -8,7 +8,7 @@ limit reuse; `ceiling` is the share of prompt tokens whose blocks match: what an
 
 import argparse
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,12 @@ class ScriptStep:
 
     def done(self) -> bool:
         return True
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        call()
+
+    def cancel(self) -> bool:
+        return False
 
     def result(self) -> StepResult:
         return self.step

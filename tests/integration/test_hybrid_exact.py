@@ -5,7 +5,7 @@ float32 logits of each sampled position.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,12 @@ class Noted:
 
     def done(self) -> bool:
         return self._handle.done()
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        self._handle.when_done(call)
+
+    def cancel(self) -> bool:
+        return self._handle.cancel()
 
     def result(self) -> StepResult:
         result = self._handle.result()

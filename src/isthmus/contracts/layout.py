@@ -93,8 +93,9 @@ class BlockFormat:
         """32 bytes that differ whenever any field differs (length-framed, domain-separated)."""
         numbers = (LAYOUT_VERSION, self.layers, self.kv_heads, self.head_dim, self.block_tokens)
         parallel = (self.slice_index, self.slice_count)
-        fields = [self.weights, self.dtype.encode(), self.codec.encode(), self.arithmetic.encode()]
+        fields = [self.weights, self.dtype.encode(), self.codec.encode()]
         fields += [number.to_bytes(8, "little") for number in (*numbers, *parallel)]
+        fields += _named(self.arithmetic)
         return blake3(frame(b"isthmus/block-format/v1", *fields)).digest()
 
 
@@ -148,6 +149,12 @@ class StateFormat:
         """32 bytes that differ whenever any field differs (length-framed, domain-separated)."""
         shape = (self.layers, self.channels, self.history, self.heads, self.key_dim, self.value_dim)
         numbers = (LAYOUT_VERSION, *shape, self.slice_index, self.slice_count)
-        fields = [self.weights, self.codec.encode(), self.arithmetic.encode()]
+        fields = [self.weights, self.codec.encode()]
         fields += [number.to_bytes(8, "little") for number in numbers]
+        fields += _named(self.arithmetic)
         return blake3(frame(b"isthmus/state-format/v1", *fields)).digest()
+
+
+def _named(arithmetic: str) -> list[bytes]:
+    """A field of its own where there is a name: formats without one keep the digests that they had."""
+    return [arithmetic.encode()] if arithmetic else []
