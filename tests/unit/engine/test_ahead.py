@@ -7,13 +7,12 @@ from tests.support.requests import make_request
 from isthmus.contracts.clock import ManualClock
 from isthmus.contracts.events import Finish, RequestOutput
 from isthmus.contracts.requests import Work
-from isthmus.execution.inference.batch import SAMPLED
 from isthmus.execution.inference.engine import EngineCore
 from isthmus.execution.inference.settings import SchedulerSettings
 
 
 class Engine:
-    """An engine over two tokens of which 1 may be an end, on a fake that runs steps late or at once."""
+    """An engine on a fake that runs steps late or at once."""
 
     def __init__(self, *, eager: bool, blocks: int = 32, hybrid: bool = False, **settings: object) -> None:
         states = fake_states(8) if hybrid else None
@@ -47,10 +46,8 @@ class Engine:
 
     @property
     def ahead(self) -> int:
-        return self.core.stats().steps_ahead
-
-    def ahead_batches(self) -> int:
-        return sum(any(part.token_ids == [SAMPLED] for part in batch.slices) for batch in self.runner.batches)
+        """Steps handed in ahead and not taken back."""
+        return sum(batch.ahead for batch in self.runner.batches)
 
 
 @pytest.fixture(params=[False, True], ids=["late", "at once"])
@@ -65,7 +62,7 @@ def test_decoding_is_scheduled_ahead_and_gives_the_same_tokens(eager: bool) -> N
     engine.run()
     assert engine.tokens == {"a": reference([1, 2, 3], 0, 9, 50), "b": reference([4, 5, 6, 7], 2, 5, 50)}
     # All but the step of the prompts: how many tokens are wanted is known, so that no step is in vain.
-    assert engine.ahead == engine.ahead_batches() == 8
+    assert engine.ahead == engine.core.stats().steps_ahead == 8
     assert engine.core.stats().steps == 9
     assert engine.rung == 9
     assert engine.core.stats().blocks_leased == 0
@@ -96,7 +93,7 @@ def test_what_depends_on_the_tokens_is_not_scheduled_ahead(
     engine = Engine(eager=eager, **settings)  # type: ignore[arg-type]
     engine.submit("a", [1, 2, 3], **({"max_tokens": 6} | request_))
     engine.run()
-    assert engine.ahead_batches() == 0
+    assert engine.ahead == 0
 
 
 def test_a_long_prompt_is_not_scheduled_ahead_until_its_last_chunk(eager: bool) -> None:
@@ -138,6 +135,7 @@ def test_a_request_that_arrives_takes_back_the_step_that_has_not_begun() -> None
     assert engine.ahead == 2
     engine.submit("b", [4, 5, 6, 7], max_tokens=2)
     assert engine.ahead == 1
+    assert engine.core.stats().steps_ahead == 0, "a step is counted when it is done: the count never falls"
     engine.take(engine.core.finish_step())
     assert not engine.core.stepping
     assert engine.core.begin_step()

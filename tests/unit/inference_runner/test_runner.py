@@ -1,17 +1,20 @@
 """The runner's contract: chunks, batches, drafts, blocks, hidden states; exact mode bitwise, the default closely."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.support.tiny_models import Request, generate, greedy, make_model, open_tiny
+from tests.support.tiny_models import Request, edit_config, generate, greedy, make_model, open_tiny
 
 from isthmus.contracts.errors import ConfigInvalid, EngineFailed, ExactUnavailable, InvalidInput
+from isthmus.contracts.layout import Dtype
 from isthmus.contracts.sampling import SamplingParams
 from isthmus.execution.inference import exact
+from isthmus.execution.inference import runner as runner_module
 from isthmus.execution.inference.batch import Batch, SampleTask, SequenceSlice, TokenHistory
 from isthmus.execution.inference.compiled.spec import Machine
 from isthmus.execution.inference.exact_proof import exact_arithmetic
@@ -238,6 +241,26 @@ def test_a_slice_that_breaks_the_contract_fails_and_the_runner_lives(folder: Pat
     with pytest.raises(EngineFailed):
         runner.execute(Batch([bad])).result()
     assert len(runner.execute(Batch([SequenceSlice("r", [1], 0, [0])])).result().slices) == 1
+    runner.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "arithmetic", "expected"),
+    [
+        ("auto", True, Dtype.BF16),
+        ("auto", False, Dtype.F32),
+        ("bf16", False, Dtype.BF16),
+        ("f32", True, Dtype.F32),
+    ],
+)
+def test_bfloat16_weights_are_served_in_what_the_processor_computes_in(
+    folder: Path, asked: str, arithmetic: bool, expected: Dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, torch_dtype="bfloat16", dtype="bfloat16")
+    monkeypatch.setattr(runner_module, "computes_bf16", lambda: arithmetic)
+    runner = open_tiny(tmp_path, dtype=asked)
+    assert runner.info.dtype is expected
     runner.close()
 
 

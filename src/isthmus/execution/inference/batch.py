@@ -100,6 +100,11 @@ class Batch:
     slices: Sequence[SequenceSlice]
 
     @property
+    def ahead(self) -> bool:
+        """Whether it was scheduled before the tokens that it computes were known."""
+        return any(part.token_ids[0] == SAMPLED for part in self.slices)
+
+    @property
     def tokens(self) -> int:
         """Tokens computed by the step."""
         return sum(len(part.token_ids) for part in self.slices)

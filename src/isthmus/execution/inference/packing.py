@@ -32,7 +32,7 @@ class Packed:
 
 def with_sampled(batch: Batch, sampled: Mapping[int, int]) -> Batch:
     """The batch, `SAMPLED` replaced by the token of its serial. Raises `EngineFailed` where there is none."""
-    if all(part.token_ids[0] != SAMPLED for part in batch.slices):
+    if not batch.ahead:
         return batch
     slices = []
     for part in batch.slices:

@@ -167,12 +167,10 @@ class Scheduler:
             return None
         for sequence, _ in going_on:
             sequence.steps += 1
-        self._counters.steps_ahead += 1
         return Batch([follow(sequence, part, self._info) for sequence, part in going_on])
 
     def take_back(self, batch: Batch) -> None:
         """`batch`, scheduled ahead, will not be run."""
-        self._counters.steps_ahead -= 1
         for part in batch.slices:
             sequence = self._part_of(part)
             if sequence is not None:
@@ -319,6 +317,7 @@ class Scheduler:
     def update(self, batch: Batch, result: StepResult, now: float) -> list[RequestOutput]:
         """Take what a step gave: tokens, ends, blocks that can be reused from now on."""
         self._counters.steps += 1
+        self._counters.steps_ahead += batch.ahead
         outputs: list[RequestOutput] = []
         for part, got in zip(batch.slices, result.slices, strict=True):
             self._counters.computed_tokens += len(part.token_ids)
