@@ -13,14 +13,22 @@
     ├── ExactUnavailable      exact_unavailable    this machine cannot keep the promise of exact mode (at start-up)
     ├── ConfigInvalid         config_invalid       a setting is wrong: names it and where it came from (at start-up)
     ├── WireViolation         wire_violation       a peer sent a frame that breaks the protocol or its limits
-    └── JournalError
-        ├── JournalConflict   journal_conflict     the stream is not at the expected version
-        └── JournalUnavailable journal_unavailable the journal cannot be written or read
+    ├── JournalError
+    │   ├── JournalConflict   journal_conflict     the stream is not at the expected version
+    │   └── JournalUnavailable journal_unavailable the journal cannot be written or read
+    └── StoreError            store_error
+        ├── StoreUnavailable  store_unavailable    no store answers, or it refuses us
+        ├── StoreLocked       store_locked         another process has the log open
+        ├── StoreFull         store_full           the disk has no room for the log (at start-up)
+        ├── StoreCorrupt      store_corrupt        what says how the log is laid out cannot be trusted
+        ├── StoreFormat       store_format         the log is of a version that this build does not read
+        └── DiskFailed        disk_failed          a call to the disk failed: names the call and the errno
 
 Errors are translated at the edges only: the gateway maps them to HTTP, the command line to an exit status.
 Messages never contain prompt or output text; they name fields, limits, ids and lengths.
 """
 
+import os
 from typing import ClassVar
 
 
@@ -129,3 +137,49 @@ class JournalUnavailable(JournalError):
     """The journal cannot be written or read. Nothing was acknowledged."""
 
     code: ClassVar[str] = "journal_unavailable"
+
+
+class StoreError(IsthmusError):
+    """Root of the block store's errors."""
+
+    code: ClassVar[str] = "store_error"
+
+
+class StoreUnavailable(StoreError):
+    """No store answers at the address, or it refuses this process."""
+
+    code: ClassVar[str] = "store_unavailable"
+
+
+class StoreLocked(StoreError):
+    """Another process has the log open."""
+
+    code: ClassVar[str] = "store_locked"
+
+
+class StoreFull(StoreError):
+    """The disk has no room for a log of the size asked for."""
+
+    code: ClassVar[str] = "store_full"
+
+
+class StoreCorrupt(StoreError):
+    """What says how the log is laid out cannot be trusted: nothing of it is used."""
+
+    code: ClassVar[str] = "store_corrupt"
+
+
+class StoreFormat(StoreError):
+    """The log is of a format version that this build does not read. Nothing was changed."""
+
+    code: ClassVar[str] = "store_format"
+
+
+class DiskFailed(StoreError):
+    """A call to the disk failed. `errno` is the operating system's number."""
+
+    code: ClassVar[str] = "disk_failed"
+
+    def __init__(self, call: str, errno: int) -> None:
+        super().__init__(f"{call} failed: {os.strerror(errno)}")
+        self.errno = errno
