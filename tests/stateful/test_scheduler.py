@@ -9,16 +9,19 @@ model, whose runner keeps a hash chain over the tokens in state slots: a wrong s
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from tests.support.fake_pager import FakePager
 from tests.support.fake_runner import FakeRunner, fake_info, fake_states, reference
 from tests.support.requests import make_request
 from tests.support.scale import examples
 
+from isthmus.contracts.blocks import Reason
 from isthmus.contracts.clock import ManualClock
 from isthmus.contracts.events import Finish, RequestOutput, StateInfo
 from isthmus.contracts.ids import Namespace, RequestId
 from isthmus.contracts.keys import PrefixScope
 from isthmus.contracts.requests import EngineRequest, Work
 from isthmus.execution.inference.engine import EngineCore
+from isthmus.execution.inference.paging.settings import PagingSettings
 from isthmus.execution.inference.settings import SNAPSHOT_POLICIES, SchedulerSettings
 
 SCOPES = [PrefixScope(Namespace(bytes([fill]) * 32), "fake") for fill in (1, 2)]
@@ -38,6 +41,7 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.core: EngineCore | None = None
+        self.pager: FakePager | None = None
         self.requests: dict[str, EngineRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, Finish] = {}
@@ -68,6 +72,8 @@ class EngineMachine(RuleBasedStateMachine):
         drafts: int,
         states: StateInfo | None = None,
         policy: str = "turns",
+        paged: FakePager | None = None,
+        paging: PagingSettings = PagingSettings(),
     ) -> None:
         self.clock = ManualClock()
         self.hybrid = states is not None
@@ -79,8 +85,12 @@ class EngineMachine(RuleBasedStateMachine):
             draft_tokens=drafts,
             ageing_s=1.0,
             snapshots=policy,
+            paging=paging,
         )
-        self.core = EngineCore(self.runner, limits, self.clock)
+        if paged is not None:
+            paged.runner = self.runner
+        self.pager = paged
+        self.core = EngineCore(self.runner, limits, self.clock, pager=paged)
 
     @precondition(lambda self: self.core is not None)
     @rule(
@@ -156,7 +166,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.clock.advance(seconds)
         if not self.core.begin_step():
             self.take(self.core.collect())
-            assert self.core.idle, "an engine with work always has a step: its loop sleeps otherwise"
+            assert self.core.idle or self.pager, "an engine with work always has a step: its loop sleeps otherwise"
 
     @precondition(lambda self: self.stepping)
     @rule()
@@ -192,11 +202,17 @@ class EngineMachine(RuleBasedStateMachine):
         while self.stepping:
             self.take(self.core.finish_step())
         for _ in range(600):
+            if self.pager is not None:
+                self.pager.work(99)
             if self.core.idle:
                 break
-            if not self.core.begin_step():
+            if self.core.begin_step():
+                self.take(self.core.finish_step())
+            elif self.pager is None:
                 break
-            self.take(self.core.finish_step())
+        if self.pager is not None:
+            self.pager.work(99)
+            assert not self.core.begin_step()
         self.take(self.core.collect())
         assert self.core.idle, "every request ends"
         assert set(self.ended) == set(self.requests)
@@ -229,6 +245,78 @@ class HybridMachine(EngineMachine):
         self.open(blocks, budget, running, waiting, drafts, fake_states(slots, grid), policy)
 
 
+class PagedMachine(EngineMachine):
+    """The same with a block store behind a small pool: it answers late, loses records, serves wrong ones as such."""
+
+    @precondition(lambda self: self.core is None)
+    @rule(
+        blocks=st.integers(4, 12),
+        budget=st.integers(4, 12),
+        running=st.integers(1, 4),
+        eager=st.booleans(),
+        drafts=st.sampled_from([0, 0, 2]),
+        loads=st.integers(1, 3),
+    )
+    def start(self, blocks: int, budget: int, running: int, eager: bool, drafts: int, loads: int) -> None:  # type: ignore[override]
+        paging = PagingSettings(max_loading=loads, keep_bytes=24 * 6)
+        self.open(blocks, budget, running, 6, drafts, paged=FakePager(), paging=paging)
+        self.runner.eager = eager
+
+    @precondition(lambda self: self.pager is not None)
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=8, max_size=14),
+        cut=st.integers(0, 3),
+        scope=st.sampled_from(SCOPES),
+    )
+    def pushed_out(self, prompt: list[int], cut: int, scope: PrefixScope) -> None:
+        """A turn that ended, was written behind and left the device; then the next one, which finds it in the store."""
+        assert self.core is not None
+        assert self.pager is not None
+        if self.core.stepping:
+            self.take(self.core.finish_step())
+        self.send(prompt, 4, scope, 0, None, Work.GENERATE, 0)
+        name = f"r{len(self.requests) - 1}"
+        for _ in range(60):
+            self.pager.work(99)
+            if self.core.begin_step():
+                self.take(self.core.finish_step())
+        self.take(self.core.collect())
+        self.pager.work(99)
+        self.core.begin_step()
+        self.core._scheduler._tree.evict(99)
+        tokens = [*prompt, *self.tokens[name]]
+        self.send(tokens[: len(tokens) - cut], 4, scope, 0, None, Work.GENERATE, 0)
+        self.pager.work(99)
+
+    @precondition(lambda self: self.pager is not None)
+    @rule(jobs=st.integers(1, 3), fault=st.sampled_from([None, None, None, Reason.CORRUPT, Reason.ABSENT]))
+    def page(self, jobs: int, fault: Reason | None) -> None:
+        assert self.pager is not None
+        self.pager.work(jobs, fault)
+
+    @precondition(lambda self: self.pager is not None)
+    @rule(namespace=st.sampled_from(SCOPES))
+    def forget(self, namespace: PrefixScope) -> None:
+        assert self.pager is not None
+        self.pager.forget(namespace.namespace)
+
+
+class PagedHybridMachine(PagedMachine):
+    """The same for a hybrid model."""
+
+    @precondition(lambda self: self.core is None)
+    @rule(
+        blocks=st.integers(4, 12),
+        budget=st.integers(4, 12),
+        running=st.integers(1, 4),
+        slots=st.integers(1, 14),
+        grid=st.sampled_from([2, 3, 6, 12]),
+        policy=st.sampled_from(["turns", *SNAPSHOT_POLICIES]),
+    )
+    def start(self, blocks: int, budget: int, running: int, slots: int, grid: int, policy: str) -> None:  # type: ignore[override]
+        self.open(blocks, budget, running, 6, 0, fake_states(slots, grid), policy, FakePager())
+
+
 LIMITS = settings(
     max_examples=examples(150, 1000), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -236,3 +324,7 @@ TestEngine = EngineMachine.TestCase
 TestEngine.settings = LIMITS
 TestHybrid = HybridMachine.TestCase
 TestHybrid.settings = LIMITS
+TestPaged = PagedMachine.TestCase
+TestPaged.settings = LIMITS
+TestPagedHybrid = PagedHybridMachine.TestCase
+TestPagedHybrid.settings = LIMITS

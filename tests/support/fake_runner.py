@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from blake3 import blake3
 
+from isthmus.contracts.blocks import RecordKind
 from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import Codec, Dtype
 from isthmus.execution.inference.batch import SAMPLED, Batch, SequenceSlice, SliceResult, StepResult
@@ -56,7 +57,7 @@ def fake_info(
 
 
 def fake_states(slots: int, grid: int = 6) -> StateInfo:
-    return StateInfo(slots, 32, grid)
+    return StateInfo(slots, 32, grid, format_digest=b"s" * 32)
 
 
 def advance_state(state: bytes, tokens: list[int]) -> bytes:
@@ -197,6 +198,9 @@ class FakeRunner:
                 break
         digests = [bytes([token]) * 32 for token in out] if part.sample.digest else None
         return SliceResult(out, len(out) - 1, digests=digests)
+
+    def view(self, kind: RecordKind, place: int) -> memoryview | None:
+        return None
 
     def read_block(self, block: int) -> bytes:
         return repr(self.memory[block]).encode()

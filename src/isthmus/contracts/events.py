@@ -54,11 +54,25 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_after_s: float | None = None
 
 
+class Reuse(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Prompt tokens whose state was reused, by the tier it came from; `load_s` seconds of loading; `reason` why not
+    more came from the store (a `blocks.Reason`, or `recompute_cheaper`, `no_room`; empty: nothing was missing).
+    """
+
+    device: int = 0
+    dram: int = 0
+    nvme: int = 0
+    remote: int = 0
+    load_s: float = 0.0
+    reason: str = ""
+
+
 class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request, or its end, or both.
 
     `cached_tokens` (prompt tokens whose state was reused, not computed) comes with the first output. `stop_token` says
-    that the last token id ended the text and is not part of it. `hidden` answers `Work.EMBED`. `logits_digest` (exact
+    that the last token id ended the text and is not part of it. `reuse` comes with the
+    end, when there is a store: where they came from. `hidden` answers `Work.EMBED`. `logits_digest` (exact
     mode, with the end) is a BLAKE3 chain over the float32 logits of every sampled position: equal digests mean bitwise
     equal logits.
     """
@@ -69,6 +83,7 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     finish: Finish | None = None
     stop_token: bool = False
     cached_tokens: int | None = None
+    reuse: Reuse | None = None
     hidden: bytes | None = None
     timing: Timing | None = None
     logits_digest: bytes | None = None
@@ -87,7 +102,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     `grammar_refused` of them, restarts of the grammar process, masks it computed and what outputs waited for them
     (seconds, summed). `profile_s`: seconds of steps by part, empty unless the engine profiles itself.
     `compiled`: the state of compiled pieces (`building`, `ready`, `failed`; empty when none are wanted), and
-    `compiled_reason` why it is so.
+    `compiled_reason` why it is so. `paging`: counts and gauges of loads from the block store and writes to it; empty
+    without one.
     """
 
     waiting: int = 0
@@ -124,14 +140,19 @@ class EngineStats(msgspec.Struct, frozen=True):
     profile_s: dict[str, float] = {}
     compiled: str = ""
     compiled_reason: str = ""
+    paging: dict[str, float] = {}
 
 
 class StateInfo(msgspec.Struct, frozen=True):
-    """The recurrent state of a hybrid model: `slots` of `state_bytes` each, and the canonical chunk grid in tokens."""
+    """The recurrent state of a hybrid model: `slots` of `state_bytes` each in `layers` equal parts, the canonical chunk
+    grid in tokens, and the digest of the snapshots' `StateFormat`, which is part of their keys.
+    """
 
     slots: int
     state_bytes: int
     grid_tokens: int
+    layers: int = 1
+    format_digest: bytes = b""
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ import enum
 
 import msgspec
 
+from isthmus.contracts.blocks import MAX_SESSION_CHARS, HintKind
 from isthmus.contracts.constraints import Constraint
 from isthmus.contracts.errors import InvalidInput, Unsupported
 from isthmus.contracts.ids import RequestId
@@ -33,7 +34,9 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     `output_ids` are output tokens that exist already: the request resumes as if it had produced them itself.
     `priority`: lower runs first, as in vLLM; waiting improves it (ageing). `deadline_s` is how long, from the engine's
     receipt, the request may take before it ends with `Finish.DEADLINE`; None means no deadline. `constraint` is what
-    the output must look like; after a resume it holds for `output_ids` and what follows together.
+    the output must look like; after a resume it holds for `output_ids` and what follows together. `session` names the
+    conversation that the request belongs to (empty: none), so that its state can be hinted at and forgotten as one;
+    `hint` is what is known about the state's future when the request ends, within `hint_s` seconds where that matters.
     """
 
     request_id: RequestId
@@ -46,6 +49,9 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0
     deadline_s: float | None = None
     constraint: Constraint | None = None
+    session: str = ""
+    hint: HintKind | None = None
+    hint_s: float = 0.0
 
     def __post_init__(self) -> None:
         check_request_id(self.request_id)
@@ -60,6 +66,10 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
             raise Unsupported("no served model has adapters yet", "adapter")
         if len(self.output_ids) >= self.sampling.max_tokens:
             raise InvalidInput("output_ids already holds max_tokens tokens", "output_ids")
+        if len(self.session) > MAX_SESSION_CHARS:
+            raise InvalidInput(f"a session has at most {MAX_SESSION_CHARS} characters", "session")
+        if not 0 <= self.hint_s <= MAX_DEADLINE_S:
+            raise InvalidInput(f"hint_s is {self.hint_s}, accepted: 0 to {MAX_DEADLINE_S}", "hint_s")
         if not PRIORITY_RANGE[0] <= self.priority <= PRIORITY_RANGE[1]:
             low, high = PRIORITY_RANGE
             raise InvalidInput(f"priority is {self.priority}, accepted: {low} to {high}", "priority")

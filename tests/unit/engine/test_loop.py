@@ -100,6 +100,8 @@ def world() -> Iterator[World]:
 
 def test_a_step_that_is_taken_back_while_it_is_awaited_is_not_waited_for(world: World) -> None:
     world.thread.start()
+    while not world.core.stepping:
+        pass
     world.send(Submit(make_request("a", [1])))
     assert world.core.again.wait(WITHIN_S), "the loop goes on"
     world.end()

@@ -6,7 +6,7 @@ samples in the place of `SAMPLED` in the second. Meanwhile the first step's toke
 
 Promises
 - Outputs are those of scheduling step by step. Where the tokens decide what comes next (drafts, masks, penalties,
-prompts that go on, requests that wait and could start), nothing is scheduled ahead.
+prompts that go on, layers that may fail to arrive, requests that wait and could start), nothing is scheduled ahead.
 - A sequence that turns out to have ended is part of one step in vain: the result is dropped. Its blocks are free at
 once; whoever gets them writes in a later step, and steps run in order.
 - A step that was scheduled ahead and has not begun is taken back when a request arrives: none waits for it.
@@ -22,7 +22,7 @@ def foreseeable(sequence: Sequence, part: SequenceSlice) -> bool:
     """Whether `part`, which is under way, leaves its sequence to decode one token, whatever token it samples."""
     request = sequence.request
     plain = request.work is Work.GENERATE and request.constraint is None and not request.sampling.penalised
-    return plain and part.sample is not None and not part.drafts
+    return plain and part.sample is not None and not part.drafts and part.arrivals is None
 
 
 def ends(part: SequenceSlice, info: ModelInfo) -> bool:

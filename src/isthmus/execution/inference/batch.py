@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from isthmus.contracts.blocks import RecordKind
 from isthmus.contracts.events import ModelInfo, TokenLogprob
 from isthmus.contracts.sampling import SamplingParams
+from isthmus.execution.inference.paging.jobs import Arrivals
 
 SAMPLED = -1
 """Stands in a slice for the token that the step handed in before samples for the same `serial`."""
@@ -75,6 +77,8 @@ class SequenceSlice:
 
     `token_ids` may be [`SAMPLED`] (ahead.py). `state` is there for hybrid models and only then. `serial` is the
     sequence's own number in its engine, never given twice (a request's id may come again); 0 when it is not known.
+    `arrivals`: layers of its blocks are still being loaded; each is to be waited
+    for, and when one fails the slice's result means nothing.
     """
 
     request_id: str
@@ -86,6 +90,7 @@ class SequenceSlice:
     hidden: bool = False
     state: StateWork | None = None
     serial: int = 0
+    arrivals: Arrivals | None = None
 
     @property
     def end(self) -> int:
@@ -169,6 +174,13 @@ class Runner(Protocol):
 
     def execute(self, batch: Batch) -> StepHandle:
         """Start a step and return at once."""
+        ...
+
+    def view(self, kind: RecordKind, place: int) -> memoryview | None:
+        """The bytes of a block's or a state slot's record where they lie, writable, so that others than steps may copy
+        them at any time (what is being copied must not be part of a step); None where the processor cannot address
+        them.
+        """
         ...
 
     def read_block(self, block: int) -> bytes:

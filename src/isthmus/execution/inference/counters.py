@@ -26,7 +26,15 @@ class Counters:
     draft_tokens: int = 0
     accepted_drafts: int = 0
 
-    def snapshot(self, waiting: int, running: int, pool: BlockPool, states: RecurrentStates | None) -> EngineStats:
+    def snapshot(
+        self,
+        *,
+        waiting: int,
+        running: int,
+        pool: BlockPool,
+        states: RecurrentStates | None,
+        paging: dict[str, float] | None,
+    ) -> EngineStats:
         """The counts together with the state of queue and pools."""
         counts: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         if states is not None:
@@ -38,5 +46,6 @@ class Counters:
             blocks_free=pool.free,
             blocks_cached=pool.cached,
             blocks_leased=pool.leased,
+            paging=paging or {},
             **counts,
         )

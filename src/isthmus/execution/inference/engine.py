@@ -19,6 +19,7 @@ from isthmus.contracts.requests import EngineRequest
 from isthmus.execution.inference.admission import refusal
 from isthmus.execution.inference.batch import Batch, Runner, StepHandle
 from isthmus.execution.inference.grammar.service import Grammars
+from isthmus.execution.inference.paging.policy import Pager
 from isthmus.execution.inference.profile import SCHEDULE, StepProfile
 from isthmus.execution.inference.scheduler import Scheduler
 from isthmus.execution.inference.settings import SchedulerSettings
@@ -45,6 +46,7 @@ class _Step:
     batch: Batch
     handle: StepHandle
     ahead: bool
+    began: float
 
 
 class EngineCore:
@@ -60,6 +62,7 @@ class EngineCore:
         clock: Clock,
         grammars: Grammars | None = None,
         *,
+        pager: Pager | None = None,
         profile: StepProfile | None = None,
         compiled: Callable[[], tuple[str, str]] | None = None,
         wake: Callable[[], None] = lambda: None,
@@ -69,7 +72,8 @@ class EngineCore:
         self._runner = runner
         self._clock = clock
         self._grammars = grammars
-        self._scheduler = Scheduler(runner.info, block_format(runner.info).digest(), settings, grammars)
+        self._pager = pager
+        self._scheduler = Scheduler(runner.info, block_format(runner.info).digest(), settings, grammars, pager)
         self._steps: deque[_Step] = deque()
         self._wake = wake
 
@@ -136,7 +140,7 @@ class EngineCore:
             batch = self._scheduler.schedule(now) if last is None else self._scheduler.ahead(last, now)
         if batch is not None:
             handle = self._runner.execute(batch)
-            self._steps.append(_Step(batch, handle, last is not None))
+            self._steps.append(_Step(batch, handle, last is not None, now))
             handle.when_done(self._wake)
 
     def _take_back(self) -> None:
@@ -150,8 +154,11 @@ class EngineCore:
             raise ValueError("no step is under way")
         step = self._steps.popleft()
         result = step.handle.result()
+        now = self._clock.monotonic()
+        if not step.ahead:
+            self._scheduler.measured(step.batch, now - step.began)
         with self._scheduling():
-            outputs = self._scheduler.update(step.batch, result, self._clock.monotonic())
+            outputs = self._scheduler.update(step.batch, result, now)
         self._pump()
         return outputs
 
@@ -208,7 +215,9 @@ class EngineCore:
         self._scheduler.check()
 
     def _pump(self) -> None:
-        """Let masks come and go, and end the requests that cannot go on."""
+        """Let masks and loads come and go, and end the requests that cannot go on."""
+        if self._pager is not None:
+            self._scheduler.paged(self._pager.take(), self._clock.monotonic())
         if self._grammars is None:
             return
         for request_id, error in self._grammars.pump():

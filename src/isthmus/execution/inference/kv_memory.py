@@ -72,6 +72,13 @@ class KvMemory:
         """What to add to a K row for the V row of the same token and layer."""
         return self.block_tokens
 
+    def view(self, block: int) -> memoryview | None:
+        """The record of a block where it lies; None off the CPU. Raises `InvalidInput` when there is no such block."""
+        self._check(block)
+        if self._pool.device.type != "cpu":
+            return None
+        return self._pool[block].reshape(-1).view(torch.uint8).numpy().data
+
     def read_block(self, block: int) -> bytes:
         """The record of a block. Raises `InvalidInput` when there is no such block."""
         self._check(block)

@@ -1,7 +1,8 @@
 """Leases: the only way to hold blocks. A lease owns the block table of one sequence and gives everything back when
 closed.
 
-All of a sequence's blocks are held from position 0 on, so a leased block's whole prefix is leased too.
+All of a sequence's blocks are held from position 0 on, so a leased block's whole prefix is leased too (but for blocks
+that only wait to be written to the store, paging/).
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,9 @@ class Lease:
         missing = count - self._pool.free
         if missing > self._pool.cached:
             return False
-        if missing > 0:
-            self._tree.evict(missing)
+        # Fewer leave than are cached where something above them is being written to the store.
+        if missing > 0 and self._tree.evict(missing) < missing:
+            return False
         self._blocks.extend(self._pool.take() for _ in range(count))
         return True
 

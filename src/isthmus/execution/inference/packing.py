@@ -74,6 +74,7 @@ def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory |
         real_rows=first,
         attention=decoder.kernels.attention.plan(spans, memory, decoder.config.heads),
         states=_states(batch, spans, decoder, states),
+        arrivals=[part.arrivals for part in batch.slices if part.arrivals is not None],
     )
     return Packed(step, *_wanted(batch, spans))
 

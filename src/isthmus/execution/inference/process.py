@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from isthmus.contracts.blocks import BlockStore
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.errors import InvalidInput, IsthmusError
 from isthmus.contracts.events import (
@@ -34,12 +35,15 @@ from isthmus.contracts.wire import FrameReader, encode_frame
 from isthmus.execution.inference.engine import EngineCore
 from isthmus.execution.inference.grammar.service import Grammars
 from isthmus.execution.inference.heap import keep_freed, one_heap
+from isthmus.execution.inference.paging.pager import PagerThreads, RunnerMemory, shapes
 from isthmus.execution.inference.settings import EngineSettings
 
 RECEIVE_BYTES = 1 << 18
 SEND_TIMEOUT_S = 30.0
 BUILD_POLL_S = 1.0
 SETTINGS_FRAME_BYTES = 1 << 16
+SWITCH_S = 0.0005
+"""How long a thread of paging may keep the interpreter from the loop (seconds; Python's own choice is 0.005)."""
 
 
 class Hangup(Exception):
@@ -132,7 +136,9 @@ class Loop:
         wait: float | None = 0.0
         outputs: list[RequestOutput] = []
         while True:
-            outputs += self._obey(self._link.poll(wait, *self._core.watched()))
+            readable, writable = self._core.watched()
+            outputs += self._obey(self._link.poll(wait, [*readable, self._bell.fileno], writable))
+            self._bell.hush()
             stepping = self._core.begin_step()
             if not stepping:
                 outputs += self._core.collect()
@@ -191,8 +197,10 @@ class Loop:
         return refused
 
 
-def serve(link: Link) -> None:
-    """Load the model, then run until the parent hangs up. A start-up error is sent as `Failed`."""
+def serve(link: Link, store: BlockStore | None = None) -> None:
+    """Load the model, then run until the parent hangs up. A start-up error is sent as `Failed`. State that leaves the
+    device is kept in `store` and loaded from it.
+    """
     settings = link.settings()
     link.send(Progress("starting", 0.0))
     kept = one_heap()
@@ -210,14 +218,23 @@ def serve(link: Link) -> None:
         most_open=2 * settings.scheduler.max_running,
         draft_tokens=settings.scheduler.draft_tokens,
     )
+    pager: PagerThreads | None = None
     try:
+        if store is not None:
+            sys.setswitchinterval(SWITCH_S)
+            paging = settings.scheduler.paging
+            pager = PagerThreads(store, RunnerMemory(runner), shapes(runner.info), paging, clock, wake=bell.ring)
         profile = runner.profile if settings.profile else None
         told, wake = runner.compiled_state, bell.ring
-        core = EngineCore(runner, settings.scheduler, clock, grammars, profile=profile, compiled=told, wake=wake)
+        core = EngineCore(
+            runner, settings.scheduler, clock, grammars, pager=pager, profile=profile, compiled=told, wake=wake
+        )
         link.send(Ready(core.info))
         Loop(core, link, bell).run()
     finally:
         grammars.shut()
+        if pager is not None:
+            pager.close()
         runner.close()
         bell.close()
 

@@ -280,6 +280,11 @@ class RecurrentStates:
         for snapshot in held.claims.values():
             self.index.give_up(snapshot)
 
+    def kept(self, chain: View[BlockKey]) -> list[Snapshot]:
+        """The snapshots on `chain` that outlive the sequences that made them."""
+        found = [self.index.get(key) for key in chain]
+        return [one for one in found if one is not None and one.keep and one.slot is not None]
+
     def stats(self) -> dict[str, int]:
         """Slots and counts, by their names in `EngineStats`."""
         return {
@@ -292,11 +297,15 @@ class RecurrentStates:
             "snapshot_hits": self.hits,
         }
 
-    def check(self, tree: PrefixTree, running: View[Sequence]) -> None:
-        """Raise `PoolCorrupt` unless slots are conserved and leased by `running` alone, and snapshots have blocks."""
+    def check(self, tree: PrefixTree, running: View[Sequence], paged: View[int] = ()) -> None:
+        """Raise `PoolCorrupt` unless slots are conserved and leased by `running` (and `paged`, one lease each) alone,
+        and snapshots have blocks.
+        """
         self.pool.check()
         self.index.check(tree)
         leases = [0] * self.pool.total
+        for slot in paged:
+            leases[slot] += 1
         for sequence in running:
             held = self._held[sequence.id]
             for slot in held.slots():

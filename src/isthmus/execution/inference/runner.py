@@ -4,12 +4,14 @@
 next step can be scheduled meanwhile. A step that raises fails its handle with `EngineFailed`, naming no content.
 """
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from isthmus.contracts.blocks import RecordKind
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.errors import ConfigInvalid, EngineFailed, InvalidInput, IsthmusError
 from isthmus.contracts.events import ModelInfo, StateInfo
@@ -122,6 +124,10 @@ class TorchRunner:
             self._worker.submit(self.compiled.poll)
         return self.compiled.told()
 
+    def view(self, kind: RecordKind, place: int) -> memoryview | None:
+        """See `Runner`."""
+        return self._memory.view(place) if kind is RecordKind.BLOCK else self._state_memory().view(place)
+
     def read_block(self, block: int) -> bytes:
         """See `Runner`. After the steps handed in before it."""
         return self._worker.submit(self._memory.read_block, block).result()
@@ -218,6 +224,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         memory = _memory(settings, config, dtype, device, weights.digest)
         states = _state_memory(settings, config, device, weights.digest)
         decoder = Decoder(config, layout, weights.tensors, kernels, positions=positions, device=device)
+    arithmetic = exact_arithmetic(this_machine(), threads) if settings.exact else ""
     info = ModelInfo(
         name=settings.name,
         model_type=config.model_type,
@@ -236,8 +243,8 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         blocks=memory.blocks,
         codec=Codec.RAW,
         eos_token_ids=list(config.eos_token_ids),
-        states=None if states is None else StateInfo(states.slots, states.shape.state_bytes, GRID_TOKENS),
-        arithmetic=exact_arithmetic(this_machine(), threads) if settings.exact else "",
+        states=None if states is None else _state_info(states, arithmetic),
+        arithmetic=arithmetic,
     )
     compiled = open_compiled(settings, decoder, SystemClock()) if device.type == "cpu" else None
     runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile, compiled=compiled)
@@ -250,6 +257,11 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
             runner.close()
             raise
     return runner
+
+
+def _state_info(states: StateMemory, arithmetic: str) -> StateInfo:
+    shape = dataclasses.replace(states.shape, arithmetic=arithmetic)
+    return StateInfo(states.slots, shape.state_bytes, GRID_TOKENS, shape.layers, shape.digest())
 
 
 def default_kernels(device: torch.device, dtype: torch.dtype, copies_bytes: int = 0) -> Kernels:

@@ -14,24 +14,29 @@ at the end of the known tokens; to get to the grid a step may go over its budget
 - When memory runs out the last in that order is preempted: it gives up its blocks, keeps its place, and later
 recomputes what is not cached any more. The first in the order always fits alone, so something always advances.
 - A constrained request starts, and samples each time, when its masks are here; the others do not wait for it.
+- With a block store, a waiting request whose prefix reaches further there is loaded beside the others (paging/).
 - A request that ends, in whatever state, frees its blocks at once; if it is part of the step under way, when that ends.
 - free + cached + leased == total after every call, for blocks and for state slots.
 """
 
 import itertools
+from collections.abc import Iterable
 
 from isthmus.contracts.events import EngineStats, ErrorInfo, Finish, ModelInfo, RequestOutput
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
-from isthmus.contracts.requests import EngineRequest, Work
+from isthmus.contracts.requests import EngineRequest
 from isthmus.execution.inference.admission import Admission
 from isthmus.execution.inference.ahead import banned_tokens, ends, follow, foreseeable
 from isthmus.execution.inference.batch import Batch, SequenceSlice, StepResult
 from isthmus.execution.inference.counters import Counters
+from isthmus.execution.inference.drafting import Drafting
 from isthmus.execution.inference.grammar.port import MaskSource
 from isthmus.execution.inference.inflight import InflightPrefixes
 from isthmus.execution.inference.lease import Lease
 from isthmus.execution.inference.outcome import take_result
+from isthmus.execution.inference.paging.jobs import Event as PageEvent
+from isthmus.execution.inference.paging.policy import Pager, Paging, Verdict
 from isthmus.execution.inference.pool import BlockPool, PoolCorrupt
 from isthmus.execution.inference.recurrent import RecurrentStates
 from isthmus.execution.inference.sequence import Sequence, State
@@ -39,14 +44,22 @@ from isthmus.execution.inference.settings import SchedulerSettings
 from isthmus.execution.inference.tree import PrefixTree
 from isthmus.execution.inference.waiting import WaitingQueue
 
+MEASURED_TOKENS = 64
+"""Steps of fewer tokens say little about how fast prompts are computed."""
+
 
 class Scheduler:
     """The requests of one engine and the blocks they hold."""
 
     def __init__(
-        self, info: ModelInfo, format_digest: bytes, settings: SchedulerSettings, masks: MaskSource | None = None
+        self,
+        info: ModelInfo,
+        format_digest: bytes,
+        settings: SchedulerSettings,
+        masks: MaskSource | None = None,
+        pager: Pager | None = None,
     ) -> None:
-        self._masks = masks
+        self._drafting = Drafting(info, settings, masks)
         self._info = info
         self._format_digest = format_digest
         self._settings = settings
@@ -64,6 +77,17 @@ class Scheduler:
         self._counters = Counters()
         self._ended: list[RequestOutput] = []
         self._serials = itertools.count(1)
+        self._paging: Paging | None = None
+        if pager is not None:
+            self._paging = Paging(
+                pager,
+                info,
+                settings.paging,
+                pool=self._pool,
+                tree=self._tree,
+                inflight=self._inflight,
+                states=self._states,
+            )
 
     # ---- requests in and out
 
@@ -77,8 +101,10 @@ class Scheduler:
         sequence = Sequence(request, self._info.block_tokens, self._format_digest, now, next(self._serials))
         self._all[sequence.id] = sequence
         self._waiting.push(sequence)
-        if self._masks is not None and request.constraint is not None:
-            self._masks.open(request, sequence.drafts(self._settings.draft_tokens))
+        self._drafting.open(sequence)
+        if self._paging is not None:
+            sequence.paged = True
+            self._paging.arrived(sequence, now)
         return None
 
     def abort(self, request_id: RequestId, now: float, finish: Finish = Finish.ABORT) -> None:
@@ -86,8 +112,10 @@ class Scheduler:
         sequence = self._all.get(request_id)
         if sequence is None or sequence.doomed is not None:
             return
-        if sequence.steps:
+        if sequence.steps or sequence.state is State.LOADING:
             sequence.doomed = finish
+            if self._paging is not None:
+                self._paging.cancel(sequence)
         else:
             self._end(sequence, finish, now)
 
@@ -115,7 +143,8 @@ class Scheduler:
     def next_deadline(self) -> float | None:
         """The earliest deadline of any request."""
         deadlines = [s.deadline for s in self._all.values() if s.deadline is not None and s.doomed is None]
-        return min(deadlines, default=None)
+        looks = None if self._paging is None else self._paging.next_deadline()
+        return min(deadlines if looks is None else [*deadlines, looks], default=None)
 
     # ---- schedule
 
@@ -124,13 +153,15 @@ class Scheduler:
         for sequence in list(self._all.values()):
             if sequence.deadline is not None and now >= sequence.deadline:
                 self.abort(sequence.id, now, Finish.DEADLINE)
+        if self._paging is not None:
+            self._start_early(self._paging, now)
         self._running.sort(key=self._waiting.score)
         parts: dict[RequestId, SequenceSlice] = {}
         budget = self._settings.max_batch_tokens
         for decoding in (True, False):
             for sequence in list(self._running):
                 if budget > 0 and sequence.state is State.RUNNING and (sequence.remaining == 1) == decoding:
-                    budget -= self._plan(sequence, budget, parts) if self._masked(sequence) else 0
+                    budget -= self._plan(sequence, budget, parts, now) if self._drafting.ready(sequence) else 0
             if decoding and parts:
                 budget = min(budget, self._settings.mixed_prompt_tokens)
         self._admit(budget, parts, now)
@@ -192,7 +223,7 @@ class Scheduler:
             if len(self._running) >= self._settings.max_running or (budget < 1 and looks < 1):
                 return
             looks -= budget < 1
-            if not self._masked(sequence):
+            if not self._drafting.ready(sequence):
                 continue
             keys = sequence.matchable()
             found = self._tree.match(keys)
@@ -200,6 +231,8 @@ class Scheduler:
             pending = self._pending(keys, len(matched))
             if pending is not None:
                 self._block(sequence, pending)
+                continue
+            if self._paging is not None and self._pages(self._paging, sequence, found, now):
                 continue
             if budget < 1:
                 continue
@@ -210,11 +243,7 @@ class Scheduler:
             if needed > self._pool.free + self._pool.cached - reused:
                 return
             self._start(sequence, matched, len(found), now)
-            budget -= self._plan(sequence, budget, parts)
-
-    def _masked(self, sequence: Sequence) -> bool:
-        """Whether `sequence` may sample: it is not constrained, or has its masks."""
-        return self._masks is None or sequence.request.constraint is None or self._masks.ready(sequence.id)
+            budget -= self._plan(sequence, budget, parts, now)
 
     def _pending(self, keys: list[BlockKey], matched: int) -> BlockKey | None:
         """The key to wait for instead of computing beyond the first `matched` blocks. The owner of a hybrid model's
@@ -232,20 +261,55 @@ class Scheduler:
     def _start(self, sequence: Sequence, matched: list[int], found: int, now: float) -> None:
         """Run `sequence` from its `matched` blocks on; `found` were present, more where no snapshot is so deep."""
         self._waiting.remove(sequence)
+        self._run(sequence, Lease(self._pool, self._tree, matched), len(matched), now)
+        if self._states is not None:
+            self._states.start(sequence, found)
+
+    def _run(self, sequence: Sequence, lease: Lease, blocks: int, now: float) -> None:
+        """Run `sequence`, of which `blocks` blocks are computed."""
         sequence.state = State.RUNNING
-        sequence.lease = Lease(self._pool, self._tree, matched)
-        sequence.computed = len(matched) * self._info.block_tokens
-        sequence.committed = len(matched)
+        sequence.lease = lease
+        sequence.computed = blocks * self._info.block_tokens
+        sequence.committed = blocks
+        if self._paging is not None:
+            self._paging.forget(sequence)
         if sequence.started is None:
             sequence.started = now
             sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
             self._counters.cached_tokens += sequence.cached_tokens
             self._counters.prompt_tokens += len(sequence.request.prompt_ids)
         self._running.append(sequence)
-        if self._states is not None:
-            self._states.start(sequence, found)
         full = sequence.length // self._info.block_tokens
         self._inflight.register(sequence.id, sequence.keys(full)[sequence.committed :])
+
+    def _pages(self, paging: Paging, sequence: Sequence, found: list[int], now: float) -> bool:
+        """Whether `sequence` waits for the store, or is being loaded from now on."""
+        verdict = paging.consider(sequence, sequence.matchable(), found, now)
+        if verdict is Verdict.LOAD:
+            self._waiting.remove(sequence)
+            sequence.state = State.LOADING
+        return verdict is not Verdict.GO
+
+    def _start_early(self, paging: Paging, now: float) -> None:
+        """Run what is still being loaded, where the rest will arrive while it computes."""
+        for sequence, lease, held, arrivals in list(paging.startable(self._settings.max_running - len(self._running))):
+            self._run(sequence, lease, len(lease.blocks), now)
+            sequence.committed = held
+            sequence.arrivals = arrivals
+
+    def paged(self, events: Iterable[PageEvent], now: float) -> None:
+        """Take what the store's threads did."""
+        for sequence, woken in [] if self._paging is None else self._paging.take(events):
+            sequence.state = State.WAITING
+            self._waiting.push(sequence)
+            self._wake(woken)
+            if sequence.doomed is not None:
+                self._end(sequence, sequence.doomed, now)
+
+    def measured(self, batch: Batch, seconds: float) -> None:
+        """`batch` took so long: what loading is weighed against."""
+        if self._paging is not None and batch.tokens >= MEASURED_TOKENS:
+            self._paging.rates.computed(batch.tokens, seconds)
 
     def _block(self, sequence: Sequence, key: BlockKey) -> None:
         self._waiting.remove(sequence)
@@ -254,10 +318,12 @@ class Scheduler:
         self._inflight.wait(sequence.id, key)
         self._counters.dedup_waits += 1
 
-    def _plan(self, sequence: Sequence, budget: int, parts: dict[RequestId, SequenceSlice]) -> int:
+    def _plan(self, sequence: Sequence, budget: int, parts: dict[RequestId, SequenceSlice], now: float) -> int:
         """Add `sequence`'s next tokens to the step. Returns how many; 0 when it was preempted for lack of blocks."""
+        if sequence.arrivals is not None and sequence.arrivals.failed:
+            sequence.void()
         count = min(sequence.remaining, budget) if self._states is None else self._states.chunk(sequence, budget)
-        drafts = self._drafts(sequence, budget - count) if count == sequence.remaining else []
+        drafts = self._drafting.drafts(sequence, budget - count) if count == sequence.remaining else []
         needed = self._blocks_for(sequence.computed + count + len(drafts))
         while not self._reserve(sequence, needed, len(drafts)):
             if drafts:
@@ -266,13 +332,11 @@ class Scheduler:
                 continue
             victim = max(self._running, key=self._waiting.score)
             parts.pop(victim.id, None)
-            self._preempt(victim)
+            self._preempt(victim, now)
             if victim is sequence:
                 return 0
         banned = banned_tokens(sequence, self._info, len(sequence.history.output))
-        masks: list[bytes] | None = None
-        if self._masks is not None and sequence.request.constraint is not None:
-            _, masks = self._masks.part(sequence.id, len(drafts))
+        masks = self._drafting.masks(sequence, len(drafts))
         parts[sequence.id] = sequence.slice(count, drafts, banned, digest=self._info.exact, masks=masks)
         self._counters.draft_tokens += len(drafts)
         return count + len(drafts)
@@ -284,23 +348,12 @@ class Scheduler:
             return False
         return self._states is None or self._states.reserve(sequence, drafts)
 
-    def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
-        """Guesses, never past the end of the request or of the model's context."""
-        if self._settings.draft_tokens == 0 or sequence.request.work is not Work.GENERATE or sequence.remaining != 1:
-            return []
-        left = sequence.request.sampling.max_tokens - len(sequence.history.output) - 1
-        room = self._info.max_model_len - sequence.length - 1
-        most = min(self._settings.draft_tokens, budget, left, room)
-        if self._masks is not None and sequence.request.constraint is not None:
-            return self._masks.part(sequence.id, most)[0]
-        return sequence.drafts(most)
-
     def _promised(self) -> int:
         """Blocks that running sequences still need for the tokens they have."""
         held = ((s, len(s.lease.blocks)) for s in self._running if s.lease is not None)
         return sum(max(0, self._blocks_for(s.length) - count) for s, count in held)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, now: float) -> None:
         self._running.remove(sequence)
         self._drop_state(sequence)
         sequence.state = State.WAITING
@@ -308,6 +361,8 @@ class Scheduler:
         sequence.preemptions += 1
         self._counters.preemptions += 1
         self._waiting.push(sequence)
+        if self._paging is not None:
+            self._paging.arrived(sequence, now)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._info.block_tokens)
@@ -325,6 +380,10 @@ class Scheduler:
             if sequence is None:
                 continue  # It ended with the step before.
             sequence.steps -= 1
+            if part.arrivals is not None and part.arrivals.failed and sequence.doomed is None:
+                sequence.void()
+                continue
+            sequence.arrivals = None
             sequence.advance(part, got)
             self._counters.accepted_drafts += got.accepted_drafts
             self._commit(sequence)
@@ -340,9 +399,8 @@ class Scheduler:
             if output is not None:
                 outputs.append(output)
                 self._counters.output_tokens += len(output.token_ids)
-                if self._masks is not None and finish is None and sequence.request.constraint is not None:
-                    guesses = sequence.drafts(self._settings.draft_tokens)
-                    self._masks.advance(sequence.id, output.token_ids, guesses)
+                if finish is None:
+                    self._drafting.advance(sequence, output.token_ids)
             if finish is not None:
                 self._forget(sequence, whole=finish is not Finish.DONE)
         return outputs + self.collect()
@@ -356,7 +414,10 @@ class Scheduler:
         keys = sequence.keys(full)
         for index in range(sequence.committed, full):
             parent = keys[index - 1] if index else None
-            lease.share(index, self._tree.insert(keys[index], parent, lease.blocks[index]))
+            carrier = self._tree.insert(keys[index], parent, lease.blocks[index])
+            lease.share(index, carrier)
+            if self._paging is not None:
+                self._paging.filled(sequence, index, carrier)
             self._wake(self._inflight.computed(sequence.id, keys[index]))
         sequence.committed = full
 
@@ -391,9 +452,10 @@ class Scheduler:
         sequence.state = State.ENDED
         if self._states is not None:
             self._states.end(sequence, whole=whole)
+        if self._paging is not None:
+            self._paging.ended(sequence)
         self._waiting.forget(sequence)
-        if self._masks is not None:
-            self._masks.close(sequence.id)
+        self._drafting.close(sequence)
         del self._all[sequence.id]
         self._counters.finished += 1
 
@@ -410,22 +472,25 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, blocks and counters."""
+        loading = sum(s.state is State.LOADING for s in self._all.values()) if self._paging is not None else 0
         return self._counters.snapshot(
-            waiting=len(self._waiting) + len(self._blocked),
+            waiting=len(self._waiting) + len(self._blocked) + loading,
             running=len(self._running),
             pool=self._pool,
             states=self._states,
+            paging=None if self._paging is None else self._paging.stats(),
         )
 
     def check(self) -> None:
         """Raise `PoolCorrupt` unless pool and tree agree, and idle means that nothing is leased or pending."""
         self._pool.check()
         self._tree.check()
-        held = sum(len(s.lease.blocks) for s in self._running if s.lease is not None)
+        leases, slots = (0, []) if self._paging is None else self._paging.held()
+        held = leases + sum(len(s.lease.blocks) for s in self._running if s.lease is not None)
         refs = sum(self._pool.refs(block) for block in range(self._pool.total))
         if held != refs:
             raise PoolCorrupt(f"running sequences hold {held} leases, the pool counts {refs}")
         if self._states is not None:
-            self._states.check(self._tree, self._running)
+            self._states.check(self._tree, self._running, slots)
         if self.idle and len(self._inflight):
             raise PoolCorrupt(f"{len(self._inflight)} keys are pending in an idle engine")

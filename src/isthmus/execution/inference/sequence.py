@@ -5,21 +5,26 @@
        v  └──preempt─────┘                                RUNNING: holds a lease; part of the step under way or not
     BLOCKED                                               any state ──abort or deadline──> ENDED
 
+and, where there is a block store, WAITING ──load──> LOADING ──loaded──> WAITING: the load holds its blocks (paging/).
+
 Token ids so far, the number of them whose KV is computed, and the keys of their full blocks are all there is:
 everything else (block table, penalties, drafts) is rebuilt from the ids after a preemption or on a resume.
 """
 
 import enum
+from dataclasses import dataclass
 
 from blake3 import blake3
 
-from isthmus.contracts.events import ErrorInfo, Finish, RequestOutput, Timing
+from isthmus.contracts.blocks import Owner, Tier, namespace_id, session_id
+from isthmus.contracts.events import ErrorInfo, Finish, RequestOutput, Reuse, Timing
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey, PrefixKey, block_key, prefix_key
 from isthmus.contracts.requests import EngineRequest, Work
 from isthmus.execution.inference.batch import SampleTask, SequenceSlice, SliceResult, TokenHistory
 from isthmus.execution.inference.drafts import NgramDrafter
 from isthmus.execution.inference.lease import Lease
+from isthmus.execution.inference.paging.jobs import Arrivals
 
 
 class State(enum.Enum):
@@ -27,8 +32,30 @@ class State(enum.Enum):
 
     WAITING = "waiting"
     BLOCKED = "blocked"
+    LOADING = "loading"
     RUNNING = "running"
     ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Reused:
+    """Tokens loaded from the store, by tier; see `Reuse`."""
+
+    dram: int = 0
+    nvme: int = 0
+    remote: int = 0
+    load_s: float = 0.0
+    reason: str = ""
+
+    def add(self, tier: Tier, tokens: int) -> None:
+        """So many tokens more came from `tier`."""
+        setattr(self, tier.value, getattr(self, tier.value) + tokens)
+
+    def told(self, cached: int) -> Reuse:
+        """In wire form, with `cached` tokens reused in all."""
+        nvme, remote = min(self.nvme, cached), min(self.remote, cached)
+        dram = min(self.dram, cached - nvme - remote)
+        return Reuse(cached - dram - nvme - remote, dram, nvme, remote, self.load_s, self.reason)
 
 
 class Sequence:
@@ -54,12 +81,25 @@ class Sequence:
         self.doomed: Finish | None = None
         self.failure: ErrorInfo | None = None
         self.digest = b""
+        self.reuse = Reused()
+        self.arrivals: Arrivals | None = None
+        self.paged = False  # whether there is a store
         self._block_tokens = block_tokens
         self._format_digest = format_digest
         self._tokens = [*request.prompt_ids, *request.output_ids]
         self._prefixes: list[PrefixKey] = []
         self._keys: list[BlockKey] = []
         self._drafter: NgramDrafter | None = None
+        self._states: list[BlockKey] = []
+        self._owner: Owner | None = None
+
+    @property
+    def owner(self) -> Owner:
+        """Whose its state is."""
+        if self._owner is None:
+            namespace = self.request.scope.namespace
+            self._owner = Owner(namespace_id(namespace), session_id(namespace, self.request.session))
+        return self._owner
 
     @property
     def length(self) -> int:
@@ -86,6 +126,13 @@ class Sequence:
             self._prefixes.append(prefix)
             self._keys.append(block_key(scope, prefix, self._format_digest))
         return self._keys[:count]
+
+    def state_keys(self, count: int, digest: bytes) -> list[BlockKey]:
+        """The keys of the state snapshots, of the format with this digest, after the first `count` full blocks."""
+        self.keys(count)
+        while len(self._states) < count:
+            self._states.append(block_key(self.request.scope, self._prefixes[len(self._states)], digest))
+        return self._states[:count]
 
     @property
     def chain(self) -> list[BlockKey]:
@@ -126,12 +173,28 @@ class Sequence:
         hidden = last and self.request.work is Work.EMBED
         tokens = self._tokens[self.computed : end] + drafts
         return SequenceSlice(
-            self.id, tokens, self.computed, list(lease.blocks), sample, len(drafts), hidden, serial=self.serial
+            self.id,
+            tokens,
+            self.computed,
+            list(lease.blocks),
+            sample,
+            len(drafts),
+            hidden,
+            serial=self.serial,
+            arrivals=self.arrivals,
         )
 
     def advance(self, part: SequenceSlice, result: SliceResult) -> None:
         """Take what a step computed: its positions are valid up to the last accepted draft."""
         self.computed = part.end - (part.drafts - result.accepted_drafts)
+
+    def void(self) -> None:
+        """What was loaded did not all arrive: go on from the blocks that were on the device before."""
+        self.arrivals = None
+        self.computed = self.committed * self._block_tokens
+        self.cached_tokens = min(self.computed, len(self.request.prompt_ids))
+        if self.lease is not None:
+            self.lease.truncate(self.committed)
 
     def append(self, token_ids: list[int]) -> None:
         """Add sampled tokens."""
@@ -154,6 +217,7 @@ class Sequence:
             self.id,
             finish=finish,
             cached_tokens=self.cached_tokens or 0,
+            reuse=self.reuse.told(self.cached_tokens or 0) if self.paged else None,
             timing=timing,
             logits_digest=self.digest or None,
             error=self.failure,

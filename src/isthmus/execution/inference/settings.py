@@ -5,6 +5,7 @@ import msgspec
 from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
 from isthmus.execution.inference.grammar.settings import GrammarSettings
+from isthmus.execution.inference.paging.settings import PagingSettings
 
 DTYPES = ("auto", "f32", "bf16", "f16")
 COMPILED = ("off", "auto")
@@ -20,7 +21,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     that make up for one level of priority. `draft_tokens`: guesses a request a step by prompt lookup, 0 for none.
     `overlap`: schedule the next step while one runs, where it can be told (ahead.py).
     `snapshots`: which recurrent states of a hybrid model are kept for reuse, one of `SNAPSHOT_POLICIES` (recurrent.py);
-    the others than `turns` are there to be compared with.
+    the others than `turns` are there to be compared with. `paging`: limits of what is loaded from the block store and
+    written to it.
     """
 
     max_batch_tokens: int = 2048
@@ -31,6 +33,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     draft_tokens: int = 0
     overlap: bool = True
     snapshots: str = "turns"
+    paging: PagingSettings = PagingSettings()
 
     def __post_init__(self) -> None:
         limits = {

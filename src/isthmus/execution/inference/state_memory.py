@@ -44,6 +44,11 @@ class StateMemory:
         """The states of a recurrent layer, [slots + 1, heads, key_dim, value_dim]."""
         return self._recurrent[layer]
 
+    def view(self, slot: int) -> memoryview | None:
+        """The record of a slot where it lies; None off the CPU. Raises `InvalidInput` when there is no such slot."""
+        self._check(slot)
+        return self._pool[slot].view(torch.uint8).numpy().data if self._pool.device.type == "cpu" else None
+
     def read_state(self, slot: int) -> bytes:
         """The record of a slot. Raises `InvalidInput` when there is no such slot."""
         self._check(slot)

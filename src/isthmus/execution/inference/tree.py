@@ -24,6 +24,13 @@ class _Node:
     """The tick of the last match or release."""
 
 
+def _depth(node: _Node) -> int:
+    depth, at = 0, node.parent
+    while at is not None:
+        depth, at = depth + 1, at.parent
+    return depth
+
+
 class PrefixTree:
     """The index of a pool's computed blocks."""
 
@@ -47,6 +54,11 @@ class PrefixTree:
         """Whether the block of `key` is present and leased."""
         node = self._nodes.get(key)
         return node is not None and self._pool.refs(node.block) > 0
+
+    def block(self, key: BlockKey) -> int | None:
+        """The block that carries `key`."""
+        node = self._nodes.get(key)
+        return None if node is None else node.block
 
     def match(self, keys: Sequence[BlockKey]) -> list[int]:
         """The blocks of the longest present prefix of the chain `keys`. They are not leased yet: lease them before
@@ -101,6 +113,28 @@ class PrefixTree:
             self._remove(node)
             freed += 1
         return freed
+
+    def drop(self, keys: set[BlockKey]) -> set[BlockKey]:
+        """Remove these blocks and everything on top of them, as far as it is not leased. Returns what is left of it."""
+        doomed: dict[BlockKey, int] = {}
+        for node in self._nodes.values():
+            path: list[_Node] = []
+            at: _Node | None = node
+            while at is not None and at.key not in doomed and at.key not in keys:
+                path.append(at)
+                at = at.parent
+            if at is not None:
+                base = doomed[at.key] if at.key in doomed else _depth(at)
+                doomed[at.key] = base
+                doomed |= {above.key: base + len(path) - index for index, above in enumerate(path)}
+        left: set[BlockKey] = set()
+        for key in sorted(doomed, key=lambda key: (-doomed[key], key)):
+            node = self._nodes[key]
+            if node.children or self._pool.refs(node.block):
+                left.add(key)
+            else:
+                self._remove(node)
+        return left
 
     def _remove(self, node: _Node) -> None:
         del self._nodes[node.key]

@@ -59,7 +59,9 @@ class Decoder:
         eps, add_norm = self.config.norm_eps, self.kernels.pieces.add_norm
         hidden = functional.embedding(step.tokens, self._embedding)
         normed = self.kernels.norm(hidden, self.layers[0].input_norm, eps)
-        for layer, following in zip(self.layers, self._following, strict=True):
+        for index, (layer, following) in enumerate(zip(self.layers, self._following, strict=True)):
+            if step.arrivals:
+                step.await_layer(index)
             normed = add_norm(hidden, layer.mixer(normed, step, memory), layer.feed_norm, eps)
             delta = layer.feed(normed)
             if following is None:

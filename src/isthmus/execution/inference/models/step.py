@@ -11,7 +11,11 @@ from isthmus.execution.inference.linear.base import LinearBackend
 from isthmus.execution.inference.models.delta_plan import DeltaPlan
 from isthmus.execution.inference.models.gated_delta import DEFAULT_DELTA, DeltaKernels
 from isthmus.execution.inference.models.pieces import Norm, Pieces
+from isthmus.execution.inference.paging.jobs import Arrivals
 from isthmus.execution.inference.state_memory import StateMemory
+
+MOST_WAIT_S = 1.0
+"""How long a layer waits for one that is being loaded: others compute in the same step."""
 
 
 def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -81,3 +85,10 @@ class StepTensors:
     real_rows: int
     attention: StepAttention
     states: StepStates | None = None
+    arrivals: Sequence[Arrivals] = ()  # loads of which layers may be missing yet
+
+    def await_layer(self, layer: int) -> None:
+        """Wait until what is loaded of `layer` is here. What does not come in time fails: its slices are void."""
+        for one in self.arrivals:
+            if not one.wait(layer, MOST_WAIT_S):
+                one.fail()
