@@ -73,11 +73,13 @@ class EngineMachine(RuleBasedStateMachine):
         states: StateInfo | None = None,
         policy: str = "turns",
         paged: FakePager | None = None,
-        paging: PagingSettings = PagingSettings(),
+        paging: PagingSettings | None = None,
     ) -> None:
         self.clock = ManualClock()
         self.hybrid = states is not None
-        self.runner = FakeRunner(fake_info(blocks, block_tokens=3, vocab=2, max_len=24, states=states))
+        self.runner = FakeRunner(
+            fake_info(blocks, block_tokens=3, vocab=2, max_len=24, states=states, layers=2 if paged else 1)
+        )
         limits = SchedulerSettings(
             max_batch_tokens=budget,
             max_running=running,
@@ -85,10 +87,11 @@ class EngineMachine(RuleBasedStateMachine):
             draft_tokens=drafts,
             ageing_s=1.0,
             snapshots=policy,
-            paging=paging,
+            paging=paging or PagingSettings(),
         )
         if paged is not None:
             paged.runner = self.runner
+            self.runner.on_gate = paged.finish
         self.pager = paged
         self.core = EngineCore(self.runner, limits, self.clock, pager=paged)
 
@@ -256,11 +259,17 @@ class PagedMachine(EngineMachine):
         eager=st.booleans(),
         drafts=st.sampled_from([0, 0, 2]),
         loads=st.integers(1, 3),
+        gate_fault=st.sampled_from([None, None, Reason.CORRUPT]),
     )
-    def start(self, blocks: int, budget: int, running: int, eager: bool, drafts: int, loads: int) -> None:  # type: ignore[override]
-        paging = PagingSettings(max_loading=loads, keep_bytes=24 * 6)
-        self.open(blocks, budget, running, 6, drafts, paged=FakePager(), paging=paging)
+    def start(
+        self, blocks: int, budget: int, running: int, eager: bool, drafts: int, loads: int, gate_fault: Reason | None
+    ) -> None:  # type: ignore[override]
+        paging = PagingSettings(max_loading=loads, keep_bytes=24 * 6, early_tokens=1, early_share=1.0)
+        pager = FakePager(layered=True, gate_fault=gate_fault)
+        self.open(blocks, budget, running, 6, drafts, paged=pager, paging=paging)
         self.runner.eager = eager
+        assert self.core is not None
+        self.core._scheduler._paging.rates.computed(1, 1000.0)  # loading is worth it, and computing takes long
 
     @precondition(lambda self: self.pager is not None)
     @rule(

@@ -7,7 +7,7 @@ from tests.support.fake_runner import FakeRunner
 
 from isthmus.contracts.blocks import NO_SESSION, Erasure, Hint, Owner, Reason, RecordKind, Tier, namespace_id
 from isthmus.contracts.ids import Namespace
-from isthmus.execution.inference.paging.jobs import Erased, Event, Found, Keep, Kept, Load, Loaded, Look
+from isthmus.execution.inference.paging.jobs import Arrivals, Erased, Event, Found, Keep, Kept, Load, Loaded, Look
 
 
 @dataclass
@@ -20,6 +20,10 @@ class FakePager:
     events: list[Event] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
     erasures: int = 0
+    layered: bool = False
+    """Loads come in two parts: the first layer, and the rest."""
+    gate_fault: Reason | None = None
+    """What befalls loads that a step waits for."""
 
     def look(self, job: Look) -> None:
         self.jobs.append(job)
@@ -51,12 +55,23 @@ class FakePager:
             match job:
                 case Look():
                     self.events.append(Found(job.serial, self._tiers(job.keys), self._tiers(job.states)))
+                case Load() if self.layered and job.arrivals.fraction == 0 and not job.arrivals.failed:
+                    job.arrivals.arrived(1)
+                    self.jobs.appendleft(job)
                 case Load():
                     self.events.append(self._load(job, fault))
                 case Keep():
                     known = job.key in self.records
                     self.records[job.key] = (job.owner, self._read(job.kind, job.place))
                     self.events.append(Kept(job.kind, job.place, Reason.PRESENT if known else Reason.STORED))
+
+    def finish(self, arrivals: Arrivals) -> None:
+        """A step waits for the rest of this load."""
+        for job in self.jobs:
+            if isinstance(job, Load) and job.arrivals is arrivals:
+                self.jobs.remove(job)
+                self.events.append(self._load(job, self.gate_fault))
+                return
 
     def _tiers(self, keys: object) -> list[Tier | None]:
         return [Tier.NVME if key in self.records else None for key in keys]  # type: ignore[attr-defined]
@@ -70,7 +85,7 @@ class FakePager:
         if job.state is not None:
             state = self._bring(RecordKind.STATE, *job.state, None if job.keys else fault)
         if all(reason is Reason.HIT for reason in reasons) and not job.arrivals.failed:
-            job.arrivals.arrived(1)
+            job.arrivals.arrived(2)
         else:
             job.arrivals.fail()
         return Loaded(job.serial, reasons, [Tier.NVME] * len(reasons), state, 0.001)

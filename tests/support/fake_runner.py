@@ -18,6 +18,7 @@ from isthmus.contracts.blocks import RecordKind
 from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import Codec, Dtype
 from isthmus.execution.inference.batch import SAMPLED, Batch, SequenceSlice, SliceResult, StepResult
+from isthmus.execution.inference.paging.jobs import Arrivals
 
 EMPTY = bytes(32)
 
@@ -33,6 +34,7 @@ def fake_info(
     max_len: int = 64,
     exact: bool = True,
     states: StateInfo | None = None,
+    layers: int = 1,
 ) -> ModelInfo:
     return ModelInfo(
         name="fake",
@@ -44,7 +46,7 @@ def fake_info(
         vocab_size=vocab,
         max_model_len=max_len,
         weights=b"w" * 32,
-        layers=1,
+        layers=layers,
         kv_heads=1,
         head_dim=1,
         block_tokens=block_tokens,
@@ -90,6 +92,8 @@ class FakeRunner:
     info: ModelInfo = field(default_factory=fake_info)
     on_execute: Callable[[Batch], None] = lambda batch: None
     computed_slots: int = 0
+    on_gate: Callable[[Arrivals], None] = lambda arrivals: arrivals.fail()
+    """Called where a step needs layers that have not arrived."""
     eager: bool = False
     """Steps are done when they are handed in; else when they are waited for, and can be taken back until then."""
     prompt_ends: set[int] = field(default_factory=set)
@@ -177,6 +181,10 @@ class FakeRunner:
             position = part.start + offset
             self.memory[part.blocks[position // size]][position % size] = (position, token)
             self.computed_slots += 1
+        if part.arrivals is not None and not part.arrivals.wait(self.info.layers - 1, 0):
+            self.on_gate(part.arrivals)
+            if part.arrivals.failed:
+                return SliceResult([0] if part.sample is not None else [])
         read = [self.memory[part.blocks[position // size]][position % size] for position in range(part.end)]
         for position, slot in enumerate(read):
             if slot is None or slot[0] != position:

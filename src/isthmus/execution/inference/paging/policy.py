@@ -43,8 +43,6 @@ from isthmus.execution.inference.tree import PrefixTree
 CHEAPER = "recompute_cheaper"
 CANCELLED = "cancelled"
 NO_ROOM = "no_room"
-EARLY_TOKENS = 32
-"""Sequences with fewer tokens left compute too little to load beside."""
 
 
 class Pager(Protocol):
@@ -248,7 +246,7 @@ class Paging:
             if one.early or self._states is not None or one.sequence.doomed is not None or arrivals.failed:
                 continue
             rest = one.sequence.length - one.depth * self._sizes.tokens
-            if rest < EARLY_TOKENS:
+            if rest < self._settings.early_tokens:
                 continue
             compute = self.rates.compute_s(rest)
             left = one.predicted_s * (1 - arrivals.fraction)
@@ -277,8 +275,8 @@ class Paging:
     # ---- events
 
     def take(self, events: Iterable[Event]) -> list[tuple[Sequence, list[RequestId]]]:
-        """Take what happened. Returns the sequences whose loads ended, to be queued again (or ended, if they are
-        doomed), each with the ids of those that waited for its blocks. Also drops forgotten blocks that were in use before.
+        """Take what happened, and drop forgotten blocks that were in use before. Returns the sequences whose loads
+        ended, to be queued again (or ended, if they are doomed), each with the ids of those that waited for its blocks.
         """
         landed = [one for one in map(self._take, events) if one is not None]
         self._owners.sweep()

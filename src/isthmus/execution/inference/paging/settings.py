@@ -7,9 +7,9 @@ from isthmus.contracts.errors import InvalidInput
 
 class PagingSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`look_s`: how long a request waits to hear what the store has. `load_s`: how long a load may take. `max_loading`:
-    requests that load at a time. `keep_bytes`: bytes on the device that wait to be written to the store.
-    `early_share`: a request starts before its load is complete when the rest is expected within this part of the time
-    that its own step takes (0: never). `lease_s`: of the leases on the store.
+    requests that load at a time. `keep_bytes`: bytes on the device that wait to be written to the store. `lease_s`: of
+    the leases on the store. A request starts before its load is complete when the rest is expected within the part
+    `early_share` (0: never) of the time that its own step takes, and that has at least `early_tokens` tokens.
     """
 
     look_s: float = 0.25
@@ -17,6 +17,7 @@ class PagingSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_loading: int = 8
     keep_bytes: int = 64 * 1024 * 1024
     early_share: float = 0.5
+    early_tokens: int = 32
     lease_s: float = 15.0
 
     def __post_init__(self) -> None:
