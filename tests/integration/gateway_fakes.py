@@ -12,7 +12,7 @@ from blake3 import blake3
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.constraints import Constraint, ConstraintKind
 from isthmus.contracts.errors import InvalidInput
-from isthmus.contracts.events import EngineStats, Finish, ModelInfo, RequestOutput, Timing, TokenLogprob
+from isthmus.contracts.events import EngineStats, Finish, ModelInfo, RequestOutput, SessionHint, Timing, TokenLogprob
 from isthmus.contracts.ids import Namespace, RequestId
 from isthmus.contracts.journal import LineageFact
 from isthmus.contracts.layout import Codec, Dtype
@@ -239,6 +239,7 @@ class FakeEngine:
     aborted: list[RequestId] = field(default_factory=list)
     closed: list[RequestId] = field(default_factory=list)
     produced: int = 0
+    hints: list[SessionHint] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def submit(self, request: EngineRequest) -> AsyncIterator[RequestOutput]:
@@ -290,6 +291,9 @@ class FakeEngine:
 
     def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)
+
+    def hint(self, hint: SessionHint) -> None:
+        self.hints.append(hint)
 
     async def drain(self) -> None:
         return None

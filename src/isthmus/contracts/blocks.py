@@ -100,8 +100,8 @@ class Owner:
 
 
 def namespace_id(namespace: Namespace) -> bytes:
-    """The public id of a namespace; its first 8 bytes in hex are `LineageFact.namespace_id`'s kind of name."""
-    return blake3(frame(b"isthmus/namespace-id/v1"), key=namespace).digest(ID_BYTES)
+    """The public id of a namespace; its first 8 bytes in hex are `LineageFact.namespace_id`."""
+    return blake3(namespace).digest(ID_BYTES)
 
 
 def session_id(namespace: Namespace, session: str) -> bytes:

@@ -1,6 +1,6 @@
 """What travels between an engine and its client: commands in, events out. Wire forms by msgspec, tagged by `type`.
 
-    client -> engine    Submit | Abort | Drain | Shutdown
+    client -> engine    Submit | Abort | Drain | SessionHint | Shutdown
     engine -> client    Ready | Failed | Outputs
 
 Every accepted request gets exactly one output with a `finish`; after it nothing more comes for that id.
@@ -11,7 +11,8 @@ import enum
 
 import msgspec
 
-from isthmus.contracts.ids import RequestId
+from isthmus.contracts.blocks import HintKind
+from isthmus.contracts.ids import Namespace, RequestId
 from isthmus.contracts.layout import Codec, Dtype
 from isthmus.contracts.requests import EngineRequest
 
@@ -199,6 +200,15 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Finish what was accepted; refuse anything new."""
 
 
+class SessionHint(msgspec.Struct, frozen=True, tag="hint"):
+    """What is known about the state of a tenant's session from now on; unknown sessions are ignored."""
+
+    namespace: Namespace
+    session: str
+    kind: HintKind
+    seconds: float = 0.0
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End now."""
 
@@ -229,5 +239,5 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     stats: EngineStats
 
 
-Command = Submit | Abort | Drain | Shutdown
+Command = Submit | Abort | Drain | SessionHint | Shutdown
 Event = Progress | Ready | Failed | Outputs

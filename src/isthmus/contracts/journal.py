@@ -3,6 +3,7 @@
 import msgspec
 
 from isthmus.contracts.errors import InvalidInput
+from isthmus.contracts.events import Reuse
 
 MAX_EVENT_BYTES = 1024 * 1024
 MAX_STREAM_CHARS = 256
@@ -58,6 +59,7 @@ class LineageFact(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `namespace_id` is a public 16-hex-digit name of the tenant's namespace, not the namespace. `prompt_hash` is BLAKE3
     over the prompt's token ids keyed by the namespace, so equal prompts of one tenant can be matched and nothing else.
+    `reuse` says by tier where reused state came from, where there is a block store.
     """
 
     request_id: str
@@ -82,3 +84,4 @@ class LineageFact(msgspec.Struct, frozen=True, omit_defaults=True):
     traceparent: str = ""
     logits_digest: str = ""
     error: str = ""
+    reuse: Reuse | None = None

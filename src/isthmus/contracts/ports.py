@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from isthmus.contracts.constraints import Constraint
-from isthmus.contracts.events import EngineStats, ModelInfo, RequestOutput
+from isthmus.contracts.events import EngineStats, ModelInfo, RequestOutput, SessionHint
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.journal import Append, LineageFact, StoredEvent
 from isthmus.contracts.prompting import ChatMessage, ChatOptions, OutputParse, Piece
@@ -38,6 +38,10 @@ class Engine(Protocol):
 
     def abort(self, request_id: RequestId) -> None:
         """Stop a request by the end of the running step. Unknown ids are ignored."""
+        ...
+
+    def hint(self, hint: SessionHint) -> None:
+        """Pass on what is known about the future of a session's state. Never fails."""
         ...
 
     async def drain(self) -> None:

@@ -16,6 +16,7 @@ from isthmus.gateway.schema_requests import CompletionRequest
 from isthmus.gateway.schema_responses import Completion, CompletionChoice, CompletionLogprobs, FinishReason, Usage
 from isthmus.gateway.sequence import Delta, SequenceState, TextOffsets, run_together
 from isthmus.gateway.service import Service
+from isthmus.gateway.state_hints import state_hints
 
 API = "completions"
 
@@ -79,6 +80,7 @@ async def completions(service: Service, call: Call) -> None:
         limits=Limits(body.max_tokens),
         logprobs=body.logprobs,
         deadline_s=call.remaining(service.clock),
+        hints=state_hints(call),
         param="prompt",
         form=OutputForm(constraint, field=field_name),
     )

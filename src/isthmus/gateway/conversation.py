@@ -25,6 +25,7 @@ from isthmus.gateway.plan import Limits, SequencePlan
 from isthmus.gateway.schema_requests import SamplingFields
 from isthmus.gateway.sequence import SequenceState, Sink, run_together
 from isthmus.gateway.service import Service
+from isthmus.gateway.state_hints import state_hints
 
 NO_TOOLS = ChatOptions()
 
@@ -69,6 +70,7 @@ async def prepare(service: Service, call: Call, ask: Ask) -> Prepared:
         limits=ask.limits,
         logprobs=ask.logprobs,
         deadline_s=call.remaining(service.clock),
+        hints=state_hints(call),
         param=ask.messages_field,
         form=output_form(service, ask, prompt),
     )

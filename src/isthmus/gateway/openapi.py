@@ -19,6 +19,7 @@ from isthmus.gateway.schema_requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    HintRequest,
     TokenizeRequest,
 )
 from isthmus.gateway.schema_responses import (
@@ -36,9 +37,9 @@ from isthmus.gateway.schema_responses import (
 Json = dict[str, Any]
 
 _STRUCTS = (
-    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, ErrorBody, ChatCompletion, ChatChunk,
-    Completion, ModelList, Model, TokenizeResponse, DetokenizeResponse, Status, Version, MessagesRequest, CountRequest,
-    MessageOut, TokenCount, AnthropicError,
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, HintRequest, ErrorBody, ChatCompletion,
+    ChatChunk, Completion, ModelList, Model, TokenizeResponse, DetokenizeResponse, Status, Version, MessagesRequest,
+    CountRequest, MessageOut, TokenCount, AnthropicError,
 )  # fmt: skip
 _REF = "#/components/schemas/{name}"
 _ID_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
@@ -154,6 +155,7 @@ def _paths() -> Json:
         ),
         "/v1/models": _get("list_models", "The served models.", _json(ModelList)),
         "/v1/models/{model}": model,
+        "/v1/state/hints": _post("giveHint", "What is known about a session's state.", HintRequest, _json(Status)),
         "/tokenize": _post("tokenize", "Text or messages to token ids.", TokenizeRequest, _json(TokenizeResponse)),
         "/detokenize": _post("detokenize", "Token ids to text.", DetokenizeRequest, _json(DetokenizeResponse)),
         "/health": _get("health", "200 while the engine lives.", _json(Status)),

@@ -23,6 +23,7 @@ from isthmus.gateway.errors import HttpError, context_length_exceeded
 from isthmus.gateway.output_form import FREE, OutputForm
 from isthmus.gateway.schema_requests import SamplingFields
 from isthmus.gateway.settings import GatewaySettings
+from isthmus.gateway.state_hints import NO_HINTS, StateHints
 
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class Planner:
         deadline_s: float | None,
         param: str,
         form: OutputForm = FREE,
+        hints: StateHints = NO_HINTS,
     ) -> list[SequencePlan]:
         """The engine requests of `body` for `prompts`. Raises `HttpError` and `InvalidInput` naming the field.
 
@@ -112,6 +114,9 @@ class Planner:
                     priority=body.priority or 0,
                     deadline_s=deadline_s,
                     constraint=form.constraint,
+                    session=hints.session,
+                    hint=hints.hint,
+                    hint_s=hints.seconds,
                 )
                 plans.append(SequencePlan(index, request, text, form))
         return plans

@@ -10,6 +10,7 @@ from isthmus.gateway.chat import chat_completions
 from isthmus.gateway.completions import completions
 from isthmus.gateway.context import Call
 from isthmus.gateway.errors import HttpError
+from isthmus.gateway.hints import give_hint
 from isthmus.gateway.openapi import document
 from isthmus.gateway.render import OPENAI_ERRORS, ErrorFormat, encode
 from isthmus.gateway.schema_responses import Model, ModelList, Status, Version
@@ -100,6 +101,7 @@ ROUTES = {
         Route("/v1/completions", "POST", completions, "cmpl", gated=True),
         Route("/v1/messages", "POST", messages, "msg", gated=True, errors=ANTHROPIC_ERRORS),
         Route("/v1/messages/count_tokens", "POST", count_tokens, "msg", gated=True, errors=ANTHROPIC_ERRORS),
+        Route("/v1/state/hints", "POST", give_hint, gated=True),
         Route("/tokenize", "POST", tokenize, gated=True),
         Route("/detokenize", "POST", detokenize, gated=True),
         Route("/v1/models", "GET", models),

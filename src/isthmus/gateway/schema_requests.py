@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from isthmus.contracts.blocks import HintKind
 from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
 from isthmus.contracts.prompting import MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
 from isthmus.contracts.requests import MAX_PROMPT_TOKENS, PRIORITY_RANGE
@@ -190,3 +191,11 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 
     model: ModelName | None = None
     tokens: Annotated[list[TokenId], Meta(max_length=MAX_PROMPT_TOKENS)]
+
+
+class HintRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/state/hints."""
+
+    session: str
+    hint: HintKind
+    seconds: float = 0.0

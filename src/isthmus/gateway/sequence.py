@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
+from isthmus.contracts.blocks import namespace_id
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import DeadlineExceeded, EngineFailed, InvalidInput, IsthmusError
 from isthmus.contracts.events import Finish, ModelInfo, RequestOutput, TokenLogprob
@@ -192,7 +193,7 @@ class SequenceRunner:
             request_id=request.request_id,
             api=api,
             model=info.name,
-            namespace_id=namespace_id(request.scope.namespace),
+            namespace_id=namespace_id(request.scope.namespace).hex()[:16],
             weights=info.weights.hex(),
             prompt_hash=prompt_hash(request.scope.namespace, request.prompt_ids),
             prompt_tokens=state.prompt_tokens,
@@ -211,6 +212,7 @@ class SequenceRunner:
             traceparent=call.traceparent,
             logits_digest=digest.hex() if digest else "",
             error=state.error,
+            reuse=state.last.reuse if state.last is not None else None,
         )
         self.lineage.record(fact)
         self.metrics.sequence_ended(fact)
@@ -262,11 +264,6 @@ async def run_together(jobs: Sequence[Awaitable[SequenceState]]) -> list[Sequenc
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def namespace_id(namespace: Namespace) -> str:
-    """The public name of a namespace: the first 16 hex digits of its BLAKE3."""
-    return blake3(namespace).hexdigest()[:16]
 
 
 def prompt_hash(namespace: Namespace, token_ids: Sequence[int]) -> str:

@@ -103,6 +103,7 @@ def _fact_text(fact: LineageFact) -> str:
         ("model", f"{fact.model}  weights {fact.weights[:16] or 'unknown'}"),
         ("prompt", f"{fact.prompt_tokens} tokens  hash {fact.prompt_hash[:16] or 'none'}"),
         ("reused", f"{reused} in {fact.cached_blocks} {'block' if fact.cached_blocks == 1 else 'blocks'}"),
+        *_tiers(fact),
         ("output", f"{fact.output_tokens} tokens  seed {fact.seed}{_rate(fact)}"),
         ("time", f"{_seconds(fact.total_s)} in all, preempted {fact.preemptions} times"),
         ("", _bar(fact)),
@@ -110,6 +111,20 @@ def _fact_text(fact: LineageFact) -> str:
     optional = (("trace", fact.traceparent), ("logits", fact.logits_digest), ("error", fact.error))
     rows += [(name, value) for name, value in optional if value]
     return "\n".join([f"request {fact.request_id}", *(f"  {name:<8}{value}" for name, value in rows)])
+
+
+def _tiers(fact: LineageFact) -> list[tuple[str, str]]:
+    """Where the reused state came from, and why not more did."""
+    reuse = fact.reuse
+    if reuse is None:
+        return []
+    parts = [f"{name} {getattr(reuse, name)}" for name in ("device", "dram", "nvme", "remote") if getattr(reuse, name)]
+    text = ", ".join(parts) or "nothing"
+    if reuse.load_s:
+        text += f"; loaded in {_seconds(reuse.load_s)}"
+    if reuse.reason:
+        text += f"; not more: {reuse.reason}"
+    return [("from", text)]
 
 
 def _rate(fact: LineageFact) -> str:

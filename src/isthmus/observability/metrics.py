@@ -79,11 +79,37 @@ class _EngineCollector(Collector):
         for part, seconds in self.stats.profile_s.items():
             parts.add_metric([self._model, part], seconds)
         yield parts
+        yield from self._paging()
         text = "1 for the state that the compiled pieces are in (building, ready, failed), and why."
         pieces = GaugeMetricFamily("isthmus_compiled_pieces", text, labels=["model_name", "state", "reason"])
         if self.stats.compiled:
             pieces.add_metric([self._model, self.stats.compiled, self.stats.compiled_reason], 1)
         yield pieces
+
+    def _paging(self) -> Iterable[Metric]:
+        """Loads from the block store and writes to it, by what came of them; gauges beside them."""
+        text = (
+            "Blocks loaded from the store (load), looked for in vain (miss), written behind (keep); by tier and reason."
+        )
+        events = CounterMetricFamily("isthmus_store_blocks", text, labels=["model_name", "event", "tier", "reason"])
+        text = "Prompt tokens whose state was reused, by the tier it came from."
+        tokens = CounterMetricFamily("isthmus_reused_tokens", text, labels=["model_name", "tier"])
+        text = "Gauges of paging: loads under way, bytes owed to the store, break-even lengths in tokens by tier."
+        gauges = GaugeMetricFamily("isthmus_paging", text, labels=["model_name", "what"])
+        for name, value in self.stats.paging.items():
+            event, _, rest = name.partition("_")
+            if event == "load" and rest != "ing":
+                tier, _, reason = rest.partition("_")
+                events.add_metric([self._model, event, tier, reason], value)
+            elif event == "tokens":
+                tokens.add_metric([self._model, rest], value)
+            elif event in ("miss", "keep", "hint", "early") and rest != "owed_bytes":
+                events.add_metric([self._model, event, "", rest], value)
+            else:
+                gauges.add_metric([self._model, name], value)
+        yield events
+        yield tokens
+        yield gauges
 
     def _valued(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric([self._model], value)

@@ -27,6 +27,7 @@ from isthmus.contracts.events import (
     Progress,
     Ready,
     RequestOutput,
+    SessionHint,
     Shutdown,
     Submit,
 )
@@ -165,6 +166,11 @@ class EngineProcess:
         """See `Engine`."""
         with contextlib.suppress(IsthmusError):  # a dead engine runs nothing that could be aborted
             self._send(Abort(request_id))
+
+    def hint(self, hint: SessionHint) -> None:
+        """See `Engine`."""
+        with contextlib.suppress(IsthmusError):  # advice: a dead engine needs none
+            self._send(hint)
 
     async def drain(self) -> None:
         """See `Engine`."""

@@ -12,7 +12,7 @@ import msgspec
 
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import InvalidInput, IsthmusError, Unsupported
-from isthmus.contracts.events import EngineStats, ErrorInfo, ModelInfo, RequestOutput
+from isthmus.contracts.events import EngineStats, ErrorInfo, ModelInfo, RequestOutput, SessionHint
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.layout import BlockFormat
 from isthmus.contracts.requests import EngineRequest
@@ -117,6 +117,10 @@ class EngineCore:
         """End a request by the end of the step that runs. Unknown ids are ignored."""
         self._take_back()
         self._scheduler.abort(request_id, self._clock.monotonic())
+
+    def hint(self, hint: SessionHint) -> None:
+        """Pass on what is known about the future of a session's state; nothing without a block store."""
+        self._scheduler.hint(hint)
 
     def drain(self) -> None:
         """Refuse every request from now on."""

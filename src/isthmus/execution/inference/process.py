@@ -28,6 +28,7 @@ from isthmus.contracts.events import (
     Progress,
     Ready,
     RequestOutput,
+    SessionHint,
     Shutdown,
     Submit,
 )
@@ -192,6 +193,8 @@ class Loop:
                     self._core.abort(command.request_id)
                 case Drain():
                     self._core.drain()
+                case SessionHint():
+                    self._core.hint(command)
                 case Shutdown():
                     raise Hangup
         return refused

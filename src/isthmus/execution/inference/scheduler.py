@@ -22,7 +22,7 @@ recomputes what is not cached any more. The first in the order always fits alone
 import itertools
 from collections.abc import Iterable
 
-from isthmus.contracts.events import EngineStats, ErrorInfo, Finish, ModelInfo, RequestOutput
+from isthmus.contracts.events import EngineStats, ErrorInfo, Finish, ModelInfo, RequestOutput, SessionHint
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
 from isthmus.contracts.requests import EngineRequest
@@ -125,6 +125,11 @@ class Scheduler:
         if sequence is not None and sequence.doomed is None:
             sequence.failure = error
             self.abort(request_id, now, Finish.REJECTED if sequence.first_token is None else Finish.ERROR)
+
+    def hint(self, hint: SessionHint) -> None:
+        """Pass on what is known about the future of a session's state."""
+        if self._paging is not None:
+            self._paging.hint(hint)
 
     def drain(self) -> None:
         """Refuse every request from now on."""
@@ -272,7 +277,7 @@ class Scheduler:
         sequence.computed = blocks * self._info.block_tokens
         sequence.committed = blocks
         if self._paging is not None:
-            self._paging.forget(sequence)
+            self._paging.started(sequence)
         if sequence.started is None:
             sequence.started = now
             sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))

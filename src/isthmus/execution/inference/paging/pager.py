@@ -249,6 +249,7 @@ class PagerThreads:
                     break
             if not job.arrivals.failed:
                 job.arrivals.arrived(last)
+                self._wake()  # the request may be able to start
         reasons[good + 1 :] = [Reason.LATE] * len(reasons[good + 1 :])
         return Loaded(job.serial, reasons, tiers, state, self._clock.monotonic() - begun)
 

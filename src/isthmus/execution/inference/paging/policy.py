@@ -25,8 +25,8 @@ from collections.abc import Sequence as View
 from dataclasses import dataclass
 from typing import Protocol
 
-from isthmus.contracts.blocks import Hint, Lifetime, Reason, RecordKind, Tier
-from isthmus.contracts.events import ModelInfo
+from isthmus.contracts.blocks import Hint, Lifetime, Owner, Reason, RecordKind, Tier, namespace_id, session_id
+from isthmus.contracts.events import ModelInfo, SessionHint
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
 from isthmus.execution.inference.inflight import InflightPrefixes
@@ -43,6 +43,8 @@ from isthmus.execution.inference.tree import PrefixTree
 CHEAPER = "recompute_cheaper"
 CANCELLED = "cancelled"
 NO_ROOM = "no_room"
+MAX_SESSIONS = 4096
+"""Sessions whose last keys are remembered, for hints between their turns."""
 
 
 class Pager(Protocol):
@@ -128,6 +130,7 @@ class Paging:
         self._kept: dict[RecordKind, dict[int, int]] = {RecordKind.BLOCK: {}, RecordKind.STATE: {}}
         self._under: dict[int, int] = {}
         """Blocks held for states that are being written, by slot."""
+        self._sessions: dict[Owner, list[BlockKey]] = {}
         self._owed = 0
         self.counts: dict[str, int] = {}
 
@@ -267,8 +270,16 @@ class Paging:
         """Whether something is being loaded for `sequence`."""
         return sequence.serial in self._loading
 
+    def started(self, sequence: Sequence) -> None:
+        """`sequence` runs for the first time since it waited: count where its reused tokens came from."""
+        self.forget(sequence)
+        reuse = sequence.reuse.told(min(sequence.computed, len(sequence.request.prompt_ids)))
+        for tier in Tier:
+            if getattr(reuse, tier.value):
+                self.count(f"tokens_{tier.value}", getattr(reuse, tier.value))
+
     def forget(self, sequence: Sequence) -> None:
-        """`sequence` ended, or runs: what was asked for it is not wanted any more."""
+        """`sequence` ended: what was asked for it is not wanted any more."""
         self._asked.pop(sequence.serial, None)
         self._found.pop(sequence.serial, None)
 
@@ -394,12 +405,32 @@ class Paging:
                     parent = sequence.chain[snapshot.blocks - 1]
                     key = keys[snapshot.blocks - 1]
                     self._pager.keep(Keep(RecordKind.STATE, key, parent, sequence.owner, slot, Lifetime.SESSION))
-        hint = sequence.request.hint
-        if count and hint is not None:
-            keys = list(sequence.chain)
-            if states is not None:
-                keys += sequence.state_keys(count, self._state_digest)
-            self._pager.notice(Hint(hint, keys, sequence.request.hint_s))
+        if count:
+            self._hints(sequence, count)
+
+    def _hints(self, sequence: Sequence, count: int) -> None:
+        """Say what is known about the state of `sequence`, which ended, and remember its session's."""
+        request = sequence.request
+        if request.hint is None and not request.session:
+            return
+        keys = list(sequence.chain)
+        if self._states is not None:
+            keys += sequence.state_keys(count, self._state_digest)
+        if request.hint is not None:
+            self._pager.notice(Hint(request.hint, keys, request.hint_s))
+        if request.session:
+            self._sessions.pop(sequence.owner, None)
+            self._sessions[sequence.owner] = keys
+            if len(self._sessions) > MAX_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+
+    def hint(self, hint: SessionHint) -> None:
+        """Pass on a hint about what a session's last request left."""
+        keys = self._sessions.get(Owner(namespace_id(hint.namespace), session_id(hint.namespace, hint.session)))
+        if keys is None:
+            self.count("hint_unknown_session")
+        else:
+            self._pager.notice(Hint(hint.kind, keys, hint.seconds))
 
     def _hold(self, kind: RecordKind, pool: BlockPool, place: int, size: int) -> bool:
         kept = self._kept[kind]
