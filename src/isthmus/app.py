@@ -12,10 +12,12 @@ import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import uvloop
 
+from isthmus import worker
 from isthmus.config import Settings
 from isthmus.contracts.clock import Clock, SystemClock, SystemEntropy
 from isthmus.contracts.errors import ConfigInvalid, ModelInvalid
@@ -36,7 +38,13 @@ from isthmus.observability.lineage import LineageRecorder, LineageSettings
 from isthmus.observability.logs import JsonRequestLog
 from isthmus.observability.metrics import PrometheusMetrics
 from isthmus.state.journal.sqlite import JournalSettings, open_journal
+from isthmus.state.kv.log.settings import LogSettings
+from isthmus.state.kv.settings import StoreSettings
 from isthmus.trust.namespace import DEFAULT_TENANT, derive_namespace, load_secret
+
+SMALL_LOG = 8 << 30
+SMALL_SEGMENT, LARGE_SEGMENT = 16 << 20, 64 << 20
+"""Segments of small logs and of others: a log has at least eight, and room is given back one by one."""
 
 
 class ServeUi(Protocol):
@@ -124,7 +132,7 @@ async def open_server(settings: Settings, ui: ServeUi) -> AsyncIterator[Server]:
     """A server on the running loop, closed at the end of the context (drain it first to lose nothing)."""
     clock, entropy = SystemClock(), SystemEntropy()
     async with contextlib.AsyncExitStack() as stack:
-        engine = EngineProcess.spawn(engine_settings(settings))
+        engine = EngineProcess.spawn(engine_settings(settings), worker.command(store_spec(settings)))
         stack.push_async_callback(engine.close)
         prompting = open_prompting(settings.model_folder, prompting_settings(settings), clock)
         stack.push_async_callback(prompting.close)
@@ -217,6 +225,28 @@ def engine_settings(settings: Settings) -> EngineSettings:
             memory_bytes=settings.grammar_memory,
         ),
     )
+
+
+def store_spec(settings: Settings) -> worker.StoreSpec | None:
+    """Where the engine keeps state beyond its device."""
+    if settings.store == "off":
+        return None
+    if settings.store != "own":
+        return worker.StoreSpec(daemon=str(Path(settings.store).absolute()))
+    return worker.StoreSpec(own=store_settings(settings))
+
+
+def store_settings(settings: Settings) -> StoreSettings:
+    """What a store with these settings is made of."""
+    log = None
+    if settings.store_disk:
+        log = LogSettings(
+            capacity=settings.store_disk,
+            segment_bytes=SMALL_SEGMENT if settings.store_disk <= SMALL_LOG else LARGE_SEGMENT,
+            wear_bytes_day=settings.store_wear,
+        )
+    path = str(settings.store_path.absolute())
+    return StoreSettings(arena_bytes=settings.store_memory, policy=settings.store_policy, log=log, log_path=path)
 
 
 def sampling_defaults(settings: Settings) -> SamplingDefaults:

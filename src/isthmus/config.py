@@ -205,6 +205,24 @@ class Settings:
     state_dir: str = _setting(
         "", "State", "path", "Where state is kept; empty for `$XDG_STATE_HOME/isthmus` (`~/.local/state/isthmus`)."
     )
+    store: str = _setting(
+        "own", "State", "text",
+        "Where state goes that leaves the device: `own` (a block store in the engine's process), `off`, or the path of "
+        "the socket of `isthmus store` on this host.", pattern=r"own|off|.*/.*",
+    )  # fmt: skip
+    store_memory: int = _setting(128 * MIB, "State", "size", "DRAM of the block store.", low=MIB, high=64 * 1024 * GIB)
+    store_disk: int = _setting(
+        GIB, "State", "size", "Disk of the block store, taken at the start; 0 for none.", low=0, high=1024 * 1024 * GIB
+    )
+    store_file: str = _setting(
+        "", "State", "path", "File or raw block device of the block store; empty for `<state_dir>/store.log`."
+    )
+    store_policy: str = _setting(
+        "s3fifo", "State", "text", "Which blocks leave DRAM first.", choices=("lru", "s3fifo", "arc")
+    )
+    store_wear: int = _setting(
+        0, "State", "size", "Bytes a day that the block store may write to its disk; 0 for no limit.", high=2**60
+    )
     journal: bool = _setting(True, "State", "switch", "Record one lineage fact a request, for `isthmus explain`.")
     journal_max: int = _setting(
         16 * GIB, "State", "size", "Size of the journal, over which nothing more is recorded.", low=MIB, high=1024 * GIB
@@ -230,6 +248,11 @@ class Settings:
     def journal_path(self) -> Path:
         """The journal's file. `load` always sets `state_dir`."""
         return Path(self.state_dir) / "journal.db"
+
+    @property
+    def store_path(self) -> Path:
+        """The block store's file or device."""
+        return Path(self.store_file) if self.store_file else Path(self.state_dir) / "store.log"
 
     @property
     def secret_path(self) -> Path:

@@ -8,8 +8,7 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from isthmus.contracts import errors
 from isthmus.contracts.errors import EngineFailed, InvalidInput, IsthmusError, Overloaded
@@ -73,14 +72,18 @@ class EngineProcess:
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    def spawn(cls, settings: EngineSettings) -> "EngineProcess":
-        """Start the process at once; `ready` awaits it. Lets other start-up work run while torch is imported."""
+    def spawn(cls, settings: EngineSettings, command: Sequence[str]) -> "EngineProcess":
+        """Start `command`, a worker (worker.py), at once, with `--fd N` for its end of the socket; `ready` awaits it.
+        Lets other start-up work run while torch is imported.
+        """
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with far:
-            command = [sys.executable, "-m", "isthmus.execution.inference.process", "--fd", str(far.fileno())]
             # A session of its own: Ctrl-C in a terminal reaches the parent alone, which drains first.
             process = subprocess.Popen(
-                command, pass_fds=[far.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                [*command, "--fd", str(far.fileno())],
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         near.sendall(encode_frame(settings))
         return cls(process, near)
