@@ -42,8 +42,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     conversation = kinds.add_parser(
         "turns",
         help="a long conversation that is paged out between its turns, and what others pay for it",
-        description="Time to the first token of each turn of a conversation whose state was pushed to disk, against servers\n"
-        "without a store; and the gaps between others' tokens while conversations are loaded.",
+        description="Time to the first token of each turn of a conversation whose state was pushed to disk, against\n"
+        "servers without a store; and the gaps between others' tokens while conversations are loaded.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     conversation.add_argument("--turns", type=int, default=20, help="turns of the conversation [%(default)s]")

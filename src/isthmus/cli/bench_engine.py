@@ -95,7 +95,7 @@ def peer_server(name: str, folder: Path, common: list[str], work: Path) -> Serve
 
 
 def own_server(name: str, flags: list[str], common: list[str], work: Path) -> ServerTarget:
-    """This engine's server, with `flags`; `common` are the model's folder, threads and dtype."""
+    """A server of this engine, with `flags`; `common` are the model's folder, threads and dtype."""
     folder, threads, dtype = common
     # Where the compiled pieces are; whatever else is kept there is of earlier runs and is never asked for again.
     state = Path(folder) / f"{name}-state"
