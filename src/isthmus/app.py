@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,10 @@ from isthmus.observability.lineage import LineageRecorder, LineageSettings
 from isthmus.observability.logs import JsonRequestLog
 from isthmus.observability.metrics import PrometheusMetrics
 from isthmus.state.journal.sqlite import JournalSettings, open_journal
+from isthmus.state.kv.daemon import run_daemon
 from isthmus.state.kv.log.settings import LogSettings
-from isthmus.state.kv.settings import StoreSettings
+from isthmus.state.kv.settings import DaemonSettings, StoreSettings
+from isthmus.state.kv.store import open_store
 from isthmus.trust.namespace import DEFAULT_TENANT, derive_namespace, load_secret
 
 SMALL_LOG = 8 << 30
@@ -85,6 +88,20 @@ def serve(settings: Settings, ui: ServeUi) -> None:
     Raises what the start raises, and `EngineFailed` when the engine ends by itself.
     """
     uvloop.run(_serve(settings, ui))
+
+
+def serve_store(settings: Settings, on_ready: Callable[[str], None]) -> None:
+    """Run the block store of this host until SIGTERM or SIGINT; `on_ready(socket)` when engines may connect.
+
+    Raises `StoreError` and `ConfigInvalid` when it cannot start.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    clock, entropy = SystemClock(), SystemEntropy()
+    store = open_store(store_settings(settings), clock, entropy)
+    daemon = DaemonSettings(socket=str(settings.store_socket.absolute()))
+    run_daemon(store, daemon, clock, entropy, stop=stop, on_ready=on_ready)
 
 
 class Signals:
@@ -233,7 +250,7 @@ def store_spec(settings: Settings) -> worker.StoreSpec | None:
         return None
     if settings.store != "own":
         return worker.StoreSpec(daemon=str(Path(settings.store).absolute()))
-    return worker.StoreSpec(own=store_settings(settings))
+    return worker.StoreSpec(own=store_settings(settings), socket=str(settings.store_socket.absolute()))
 
 
 def store_settings(settings: Settings) -> StoreSettings:

@@ -215,7 +215,7 @@ class Settings:
         GIB, "State", "size", "Disk of the block store, taken at the start; 0 for none.", low=0, high=1024 * 1024 * GIB
     )
     store_file: str = _setting(
-        "", "State", "path", "File or raw block device of the block store; empty for `<state_dir>/store.log`."
+        "", "State", "path", "File or raw block device of the block store; empty for `<state_dir>/store/log`."
     )
     store_policy: str = _setting(
         "s3fifo", "State", "text", "Which blocks leave DRAM first.", choices=("lru", "s3fifo", "arc")
@@ -252,7 +252,12 @@ class Settings:
     @property
     def store_path(self) -> Path:
         """The block store's file or device."""
-        return Path(self.store_file) if self.store_file else Path(self.state_dir) / "store.log"
+        return Path(self.store_file) if self.store_file else Path(self.state_dir) / "store" / "log"
+
+    @property
+    def store_socket(self) -> Path:
+        """Where a store answers its administrator (and, a daemon's, engines)."""
+        return Path(self.state_dir) / "store" / "store.sock"
 
     @property
     def secret_path(self) -> Path:
@@ -391,8 +396,7 @@ def _parse(spec: Spec, value: object) -> Any:
         case "number", str():
             return float(value) if re.fullmatch(r"[+-]?(\d{1,18}(\.\d{0,18})?|\.\d{1,18})", value) else None
         case "size", str():
-            found = _SIZE.fullmatch(value.strip())
-            return int(found[1]) * _UNITS[found[2] or ""] if found else None
+            return parse_size(value)
         case "list", str():
             return tuple(part.strip() for part in value.split(",") if part.strip())
         case "list", list() if all(isinstance(part, str) for part in value):
@@ -429,6 +433,12 @@ def _check_together(settings: Settings, sources: Mapping[str, str]) -> None:
         raise ConfigInvalid(f"model_name ({sources['model_name']}) is over {MAX_MODEL_NAME_CHARS} characters")
     if settings.exact and settings.dtype not in ("auto", "f32"):
         raise ConfigInvalid(f"exact ({sources['exact']}) needs dtype f32, not {settings.dtype} ({sources['dtype']})")
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes that `text` (e.g. `64MiB`) says; None when it is no size."""
+    found = _SIZE.fullmatch(text.strip())
+    return int(found[1]) * _UNITS[found[2] or ""] if found else None
 
 
 def show_size(size: int) -> str:

@@ -17,7 +17,8 @@ from isthmus.contracts.blocks import BlockStore
 from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.execution.inference.process import Link, run
 from isthmus.state.kv.client import open_client
-from isthmus.state.kv.settings import StoreSettings
+from isthmus.state.kv.daemon import Daemon
+from isthmus.state.kv.settings import DaemonSettings, StoreSettings
 from isthmus.state.kv.store import open_store
 
 MAX_SPEC_BYTES = 1 << 16
@@ -25,9 +26,12 @@ MODULE = "isthmus.worker"
 
 
 class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a worker keeps state: in a store of its own, made of `own`, or in the daemon at the socket `daemon`."""
+    """Where a worker keeps state: in a store of its own, made of `own` (which answers its administrator at `socket`),
+    or in the daemon at the socket `daemon`.
+    """
 
     own: StoreSettings | None = None
+    socket: str = ""
     daemon: str = ""
 
 
@@ -47,8 +51,11 @@ def opener(spec: StoreSpec | None, stack: ExitStack) -> Callable[[], BlockStore 
         if spec.own is not None:
             store = open_store(spec.own, clock, entropy)
             stack.callback(store.close)
+            daemon = Daemon(store, DaemonSettings(socket=spec.socket), clock, entropy)
+            daemon.start()
+            stack.callback(daemon.stop)
             return store
-        client = open_client(Path(spec.daemon), clock, entropy)
+        client = open_client(Path(spec.daemon), clock)
         stack.callback(client.close)
         return client
 
