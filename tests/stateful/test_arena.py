@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from tests.support.scale import examples
 
-from isthmus.contracts.blocks import NO_SESSION, Owner, Put, RecordKind, Shape
+from isthmus.contracts.blocks import NO_SESSION, Lifetime, Owner, RecordKind, Shape
 from isthmus.contracts.clock import SystemEntropy
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Arena, Record, State
@@ -100,10 +100,10 @@ class ArenaMachine(RuleBasedStateMachine):
     def begin(self, key: int, size: int, chunks: int) -> int:
         payload = bytes([key + 1]) * (size * chunks)
         shape = Shape(RecordKind.BLOCK, chunks, size)
-        put = Put(BlockKey(bytes([key]) * 32), None, OWNER, shape, memoryview(payload))
+        name = BlockKey(bytes([key]) * 32)
         self.serial += 1
-        if not self.arena.holds(put.key):
-            record = self.arena.begin(put)
+        if not self.arena.holds(name):
+            record = self.arena.begin(name, None, OWNER, shape, Lifetime.SESSION)
             if record is not None:
                 self.live[self.serial] = record
                 self.bytes[self.serial] = payload

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isthmus.contracts.blocks import Lifetime, Owner, Put, Shape
+from isthmus.contracts.blocks import Lifetime, Owner, Shape
 from isthmus.contracts.clock import Entropy
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_slice
@@ -28,6 +28,7 @@ from isthmus.state.kv.arena.extents import PAGE_BYTES, ArenaCorrupt, Extents
 from isthmus.state.kv.arena.memory import ArenaMemory
 
 EPOCH_BYTES = 16
+WIPE_PAGES = 4096
 
 
 class State(enum.IntEnum):
@@ -38,6 +39,11 @@ class State(enum.IntEnum):
     LEAVING = 2
     """Nobody finds it any more; somebody still reads or fills its pages."""
     GONE = 3
+
+
+def pages_of(size: int) -> int:
+    """How many pages `size` bytes take."""
+    return -(-size // PAGE_BYTES)
 
 
 @dataclass(slots=True, eq=False)
@@ -61,10 +67,10 @@ class Record:
         """Bytes of the record, without what its last page has left over."""
         return self.shape.record_bytes
 
-
-def pages_of(size: int) -> int:
-    """How many pages `size` bytes take."""
-    return -(-size // PAGE_BYTES)
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of its pages."""
+        return pages_of(self.shape.record_bytes) * PAGE_BYTES
 
 
 class Arena:
@@ -75,11 +81,6 @@ class Arena:
         self.epoch = entropy.token_bytes(EPOCH_BYTES)
         self.quarantined_pages = 0
         self._extents = Extents([region.size // PAGE_BYTES for region in memory.regions])
-        self._firsts: list[int] = []
-        start = 0
-        for region in memory.regions:
-            self._firsts.append(start)
-            start += region.size // PAGE_BYTES
         self._region_pages = memory.regions[0].size // PAGE_BYTES
         self._records: dict[BlockKey, Record] = {}
         self._by_page: dict[int, Record] = {}
@@ -118,15 +119,17 @@ class Arena:
         record = self._records.get(key)
         return record if record is not None and record.state is State.VISIBLE else None
 
-    def begin(self, put: Put) -> Record | None:
+    def begin(
+        self, key: BlockKey, parent: BlockKey | None, owner: Owner, shape: Shape, lifetime: Lifetime
+    ) -> Record | None:
         """Pages for a record whose key is not here, pinned once and not visible; None when there is no room."""
-        if put.key in self._records:
+        if key in self._records:
             raise ArenaCorrupt("a record with this key is in the arena")
-        page = self._extents.take(pages_of(put.shape.record_bytes))
+        page = self._extents.take(pages_of(shape.record_bytes))
         if page is None:
             return None
-        record = Record(put.key, put.parent, put.owner, put.shape, put.lifetime, page)
-        self._records[put.key] = self._by_page[page] = record
+        record = Record(key, parent, owner, shape, lifetime, page)
+        self._records[key] = self._by_page[page] = record
         return record
 
     def publish(self, record: Record) -> None:
@@ -183,10 +186,18 @@ class Arena:
         pages = self._extents.window(record.page, pages_of(size), movable, most)
         return [self._by_page[page] for page in pages]
 
+    def take_free(self, page: int) -> tuple[int, int] | None:
+        """Take some free pages from `page` on, to be wiped and given back: (first page, pages). None: none is free."""
+        return self._extents.take_next(page, WIPE_PAGES)
+
+    def give_free(self, page: int) -> None:
+        """Undo `take_free`."""
+        self._extents.give(page)
+
     def place(self, record: Record) -> tuple[int, int]:
         """(region, offset in it) of the record's first byte."""
-        region = record.page // self._region_pages
-        return region, (record.page - self._firsts[region]) * PAGE_BYTES
+        region, page = divmod(record.page, self._region_pages)
+        return region, page * PAGE_BYTES
 
     def check(self) -> None:
         """Raise `ArenaCorrupt` unless the conservation law holds, counted anew."""
@@ -226,6 +237,12 @@ class Arena:
     def erase_bytes(self, record: Record) -> None:
         """Zero its bytes. It must have been removed: readers are told by the generation."""
         np.frombuffer(self.view(record), np.uint8)[:] = 0
+
+    def wipe(self, page: int, pages: int) -> None:
+        """Zero pages that `take_free` took."""
+        region, first = divmod(page, self._region_pages)
+        view = self.memory.regions[region].view[first * PAGE_BYTES : (first + pages) * PAGE_BYTES]
+        np.frombuffer(view, np.uint8)[:] = 0
 
     def _free(self, record: Record) -> None:
         record.state = State.GONE

@@ -57,13 +57,19 @@ class Extents:
         if found is None:
             return None
         start, length = found
-        self._extents -= 1
-        self._length[start] = pages
-        self._start[start + pages - 1] = start
-        if length > pages:
-            self._set_free(start + pages, length - pages)
-        self.used += pages
+        self._use(start, length, pages)
         return start
+
+    def take_next(self, page: int, most: int) -> tuple[int, int] | None:
+        """Take at most `most` pages of the first free extent from `page` on: (first page, pages). None: none is free."""
+        while page < self.total and self._length[page] >= 0:
+            page += max(1, self._length[page])
+        if page >= self.total:
+            return None
+        length = -self._length[page]
+        pages = min(length, most)
+        self._use(page, length, pages)
+        return page, pages
 
     def give(self, start: int) -> int:
         """Free the extent that starts at page `start`; how many pages it had. Raises `ArenaCorrupt` if none does."""
@@ -130,6 +136,15 @@ class Extents:
                 raise ArenaCorrupt(f"the free extent at page {start} cannot be found")
         if (used, free, extents) != (self.used, self.free, self._extents):
             raise ArenaCorrupt(f"{used} pages in use and {free} free, counted {self.used} and {self.free}")
+
+    def _use(self, start: int, length: int, pages: int) -> None:
+        """Of the free extent of `length` pages at `start` the first `pages` are taken."""
+        self._extents -= 1
+        self._length[start] = pages
+        self._start[start + pages - 1] = start
+        if length > pages:
+            self._set_free(start + pages, length - pages)
+        self.used += pages
 
     def _walk(self, anchor: int, direction: int, most: int) -> Iterator[tuple[int, int, bool]]:
         """At most `most` extents of the anchor's region from it on, upwards or downwards."""

@@ -17,9 +17,9 @@ _UNLIMITED = 1 << 60
 def available_memory(root: Path = Path("/")) -> tuple[int, str]:
     """(bytes, what limits them): the least of `MemAvailable` and what each cgroup of this process has left."""
     found = [(_UNLIMITED, "nothing")]
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append((int(line.split()[1]) * 1024, "MemAvailable of /proc/meminfo"))
+    left = _field(root / "proc/meminfo", "MemAvailable:")
+    if left is not None:
+        found.append((left * 1024, "MemAvailable of /proc/meminfo"))
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -47,14 +47,14 @@ def _version_2(root: Path, path: str) -> Iterator[tuple[int, str]]:
         for folder, name in _levels(root / mount, path):
             limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
             if limit is not None and used is not None:
-                yield limit - used + _stat(folder / "memory.stat", "inactive_file"), f"memory.max of cgroup {name}"
+                yield limit - used + (_field(folder / "memory.stat", "inactive_file") or 0), f"memory.max of cgroup {name}"
 
 
 def _version_1(root: Path, path: str) -> Iterator[tuple[int, str]]:
     for folder, name in _levels(root / "sys/fs/cgroup/memory", path):
         limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
         if limit is not None and used is not None and limit < _UNLIMITED:
-            left = limit - used + _stat(folder / "memory.stat", "total_inactive_file")
+            left = limit - used + (_field(folder / "memory.stat", "total_inactive_file") or 0)
             yield left, f"memory.limit_in_bytes of cgroup {name}"
 
 
@@ -71,12 +71,13 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _stat(path: Path, name: str) -> int:
+def _field(path: Path, name: str) -> int | None:
+    """The number behind `name` in a file of names and numbers; None when it is not there."""
     for line in _read(path).splitlines():
-        key, _, value = line.partition(" ")
-        if key == name and value.isdigit():
-            return int(value)
-    return 0
+        words = line.split()
+        if len(words) >= 2 and words[0] == name and words[1].isdigit():
+            return int(words[1])
+    return None
 
 
 def _read(path: Path) -> str:

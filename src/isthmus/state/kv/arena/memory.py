@@ -28,7 +28,6 @@ OWNER_SEALS = SIZE_SEALS | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 _POPULATE_BYTES = 64 << 20
 
 
-
 @dataclass(frozen=True, slots=True)
 class Region:
     """One piece of shared memory: its descriptor, to be handed on, and this process's writable view of it."""
@@ -87,7 +86,9 @@ def check_sealed(descriptor: int, size: int) -> None:
     except OSError as error:
         raise WireViolation(f"the descriptor received is no sealed memory: {error.strerror}") from error
     if seals & SIZE_SEALS != SIZE_SEALS or actual != size:
-        raise WireViolation(f"the memory received has {actual} bytes and seals {seals:#x}, expected {size} bytes sealed")
+        raise WireViolation(
+            f"the memory received has {actual} bytes and seals {seals:#x}, expected {size} bytes sealed"
+        )
 
 
 @dataclass(frozen=True, slots=True)
