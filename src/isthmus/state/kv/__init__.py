@@ -1,0 +1,1 @@
+"""Blocks and state snapshots in tiers: DRAM, then a log on NVMe."""
