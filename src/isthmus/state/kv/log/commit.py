@@ -20,10 +20,10 @@ _UNWRITTEN = frozenset({Stage.FILLING, Stage.CLOSED, Stage.WRITING})
 class Committer:
     """See the module. Safe to call from several threads."""
 
-    def __init__(self, disk: Disk, ledger: Ledger, changed: threading.Condition, settings: LogSettings) -> None:
+    def __init__(self, disk: Disk, ledger: Ledger, settings: LogSettings) -> None:
         self._disk = disk
         self._ledger = ledger
-        self._changed = changed
+        self._changed = ledger.changed
         self._settings = settings
         self._one = threading.Lock()
         self.commits = 0

@@ -43,7 +43,9 @@ class Control:
         found = bytearray(length)
         view = memoryview(found)
         first = offset - offset % SECTOR
-        pieces = [(at, min(self._size, align(offset + length) - at)) for at in range(first, offset + length, self._size)]
+        pieces = [
+            (at, min(self._size, align(offset + length) - at)) for at in range(first, offset + length, self._size)
+        ]
 
         def take(index: int, data: memoryview) -> None:
             at = pieces[index][0]

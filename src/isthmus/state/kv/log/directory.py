@@ -1,15 +1,27 @@
-"""The directory of a segment, wherever it is: in memory while the segment takes extents, in its footer afterwards."""
-
-import threading
+"""What is in a segment, wherever that is said: in memory while it takes extents, in its footer afterwards; and the
+records themselves, one after the other.
+"""
 
 import numpy as np
 
 from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.log.control import Control
-from isthmus.state.kv.log.format import ENTRY, SECTOR, Rows, Trailer, align
+from isthmus.state.kv.log.format import (
+    ENTRY,
+    SECTOR,
+    SLOT,
+    RecordHeader,
+    Rows,
+    Trailer,
+    align,
+    decode_record,
+    record_span,
+)
 from isthmus.state.kv.log.ledger import Ledger
-from isthmus.state.kv.log.scan import scan_segment
+from isthmus.state.kv.log.scan import record_good, scan_segment
 from isthmus.state.kv.log.segments import READABLE, Segment
+
+_READ_BYTES = 4 << 20
 
 
 class Directories:
@@ -17,9 +29,9 @@ class Directories:
     reused (a pin, or being the one who evicts).
     """
 
-    def __init__(self, ledger: Ledger, changed: threading.Condition, control: Control) -> None:
+    def __init__(self, ledger: Ledger, control: Control) -> None:
         self._ledger = ledger
-        self._changed = changed
+        self._changed = ledger.changed
         self._control = control
 
     def of(self, segment: Segment) -> Rows | None:
@@ -59,3 +71,33 @@ class Directories:
         except DiskFailed:
             return None
         return np.concatenate(found.rows) if found.rows else None
+
+
+class SegmentRecords:
+    """Reads whole records of one segment, verified, in long steps when they are asked for by slot. The caller keeps the
+    segment from being reused.
+    """
+
+    def __init__(self, ledger: Ledger, control: Control, segment: Segment) -> None:
+        self._ledger = ledger
+        self._control = control
+        self._segment = segment
+        self._data = bytearray()
+        self._at = 0
+
+    def get(self, row: Rows) -> tuple[RecordHeader, memoryview] | None:
+        """The record of a directory's entry: its header and all its bytes. None: it is not what it should be.
+
+        Raises `DiskFailed` when it cannot be read.
+        """
+        segment, seed = self._segment, self._ledger.seed
+        at, span = int(row["slot"]) * SLOT, record_span(int(row["chunks"]), int(row["chunk_bytes"]))
+        if not self._at <= at or at + span > self._at + len(self._data):
+            size = min(max(span, _READ_BYTES), segment.size - at)
+            self._data = self._control.read(self._ledger.geometry.start(segment.index) + at, size)
+            self._at = at
+        view = memoryview(self._data)[at - self._at : at - self._at + span]
+        header = decode_record(view, seed)
+        if header is None or header.generation != segment.generation or header.span != span:
+            return None
+        return (header, view) if header.key == row["key"].tobytes() and record_good(view, header) else None

@@ -41,7 +41,7 @@ class ScopeKind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What is to be forgotten. `id` has 32 bytes: a namespace's id and zeros, or namespace's and session's, or a key."""
+    """What is to be forgotten. `id`, 32 bytes: a namespace's id and zeros, or namespace's and session's, or a key."""
 
     kind: ScopeKind
     id: bytes

@@ -2,16 +2,15 @@
 
 The order of things
 
-1. the directory of the victim is read; the records of it that were read since they were written (at most half a segment;
-all of them when little of it is alive) are appended again, with the stamp they had;
+1. the directory of the victim is read; those of its records that were read since they were written (at most half a
+segment; all of them when little of it is alive) are appended again, with the stamp they had;
 2. when those are durable, and not before, every record of the victim leaves the index;
 3. the segment is free, if nothing pins it, in the same instant. Its next header has the next generation.
 
 A crash in between leaves two copies of some records, both valid.
 """
 
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,19 +19,9 @@ from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.log.admission import Admission
 from isthmus.state.kv.log.control import Control
-from isthmus.state.kv.log.directory import Directories
-from isthmus.state.kv.log.format import (
-    RECORD_HEADER,
-    SLOT,
-    SURVIVORS,
-    RecordHeader,
-    Rows,
-    decode_record,
-    payload_offset,
-    spans_of,
-)
-from isthmus.state.kv.log.ledger import Ledger
-from isthmus.state.kv.log.scan import record_good
+from isthmus.state.kv.log.directory import Directories, SegmentRecords
+from isthmus.state.kv.log.format import RECORD_HEADER, SURVIVORS, RecordHeader, Rows, payload_offset, spans_of
+from isthmus.state.kv.log.ledger import Ledger, location_of
 from isthmus.state.kv.log.segments import RESERVED, Segment, State
 from isthmus.state.kv.log.staging import Extent, Stage
 
@@ -41,7 +30,6 @@ SPARSE_PART = 0.25
 _KEPT_PART = 0.5
 _PATIENCE_S = 5.0
 """How long a victim may stay pinned, or its survivors wait for memory, before another one is chosen."""
-_READ_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
@@ -53,9 +41,9 @@ class _Eviction:
     begun: float
     keep: list[int]
     """Indexes of rows, by slot, the next one last."""
+    records: SegmentRecords
     extents: list[Extent] = field(default_factory=list)
-    data: bytearray = field(default_factory=bytearray)
-    data_at: int = -1
+    kept: int = 0
 
 
 class Evictor:
@@ -64,7 +52,6 @@ class Evictor:
     def __init__(
         self,
         ledger: Ledger,
-        changed: threading.Condition,
         control: Control,
         directories: Directories,
         admission: Admission,
@@ -74,7 +61,7 @@ class Evictor:
     ) -> None:
         """`ahead`: segments to keep free beside the reserved one."""
         self._ledger = ledger
-        self._changed = changed
+        self._changed = ledger.changed
         self._control = control
         self._directories = directories
         self._admission = admission
@@ -87,6 +74,8 @@ class Evictor:
         self.whole: set[int] = set()
         """Segments to be emptied with everything alive in them kept."""
         self.freed_bytes = 0
+        self.stalled = False
+        """Nothing could be evicted at the last try."""
 
     @property
     def idle(self) -> bool:
@@ -118,7 +107,9 @@ class Evictor:
                 return False
             self._skip = {index: until for index, until in self._skip.items() if until > now}
             segment = self._choose()
+            self.stalled = segment is None
             if segment is None:
+                self._changed.notify_all()
                 # None is sealed: those that are closing can be, after a sync.
                 self._ledger.urgent = self._ledger.urgent or bool(self._ledger.segments.count(State.CLOSING))
                 return False
@@ -129,7 +120,8 @@ class Evictor:
                 self._ledger.retire(segment)
                 self.whole.discard(segment.index)
                 return True
-            self._job = _Eviction(segment, rows, now, self._survivors(segment, rows))
+            records = SegmentRecords(self._ledger, self._control, segment)
+            self._job = _Eviction(segment, rows, now, self._survivors(segment, rows), records)
         return True
 
     def _choose(self) -> Segment | None:
@@ -163,62 +155,39 @@ class Evictor:
         while job.keep:
             row = job.rows[job.keep[-1]]
             try:
-                data = self._record(job, row)
+                found = job.records.get(row)
             except DiskFailed:
-                data = None
-            if data is None:
+                found = None
+            if found is None:
                 with self._changed:
                     self._ledger.counts["survivors_dropped"] += 1
-            elif not self._append(job, row, data, now):
+            elif not self._append(job, row, *found, now):
                 return done
             job.keep.pop()
             done = True
         return done
 
-    def _record(self, job: _Eviction, row: Rows) -> memoryview | None:
-        """The bytes of a record, verified. Raises `DiskFailed`."""
-        at = int(row["slot"]) * SLOT
-        span = int(spans_of(row.reshape(1))[0])
-        if not job.data_at <= at or at + span > job.data_at + len(job.data):
-            size = min(max(span, _READ_BYTES), job.segment.size - at)
-            job.data = self._control.read(self._ledger.geometry.start(job.segment.index) + at, size)
-            job.data_at = at
-        view = memoryview(job.data)[at - job.data_at : at - job.data_at + span]
-        header = decode_record(view, self._ledger.seed)
-        good = (
-            header is not None
-            and header.generation == job.segment.generation
-            and header.key == row["key"].tobytes()
-            and header.span == span
-            and record_good(view, header)
-        )
-        return view if good else None
-
-    def _append(self, job: _Eviction, row: Rows, data: memoryview, now: float) -> bool:
+    def _append(self, job: _Eviction, row: Rows, old: RecordHeader, data: memoryview, now: float) -> bool:
         """Append one record again; False: there is no memory for it now."""
-        old = decode_record(data, self._ledger.seed)
-        if old is None:
-            return True
-        ledger = self._ledger
-        begin = payload_offset(old.shape.chunks)
-        digests = bytes(data[RECORD_HEADER : RECORD_HEADER + DIGEST_BYTES * old.shape.chunks])
+        ledger, shape = self._ledger, old.shape
+        begin = payload_offset(shape.chunks)
+        digests = bytes(data[RECORD_HEADER : RECORD_HEADER + DIGEST_BYTES * shape.chunks])
         with self._changed:
-            location = job.segment.index << 24 | int(row["slot"])
-            if ledger.erasures.dead(old.key, old.owner, old.stamp) or location not in ledger.index.candidates(old.key):
+            at = location_of(job.segment.index, int(row["slot"]))
+            if ledger.erasures.dead(old.key, old.owner, old.stamp) or at not in ledger.index.candidates(old.key):
                 return True
-            header = RecordHeader(
-                old.key, old.parent, old.owner, old.shape, old.lifetime, old.stamp, ledger.sequence + 1
-            )
+            header = replace(old, sequence=ledger.sequence + 1)
             slot = ledger.staging.reserve(SURVIVORS, header, now)
             if slot is None:
                 return False
             ledger.take(slot, header)
             if slot.extent not in job.extents:
                 job.extents.append(slot.extent)
-        ledger.staging.fill(slot, header, digests, data[begin : begin + old.shape.record_bytes])
+        ledger.staging.fill(slot, header, digests, data[begin : begin + shape.record_bytes])
         with self._changed:
             slot.extent.copying -= 1
             ledger.counts["survivors"] += 1
+            job.kept += 1
         return True
 
     # Letting go
@@ -247,9 +216,7 @@ class Evictor:
             if segment.lane != SURVIVORS:
                 self._admission.observe(Lifetime(segment.lane), segment.hit_part)
             ledger.counts["segments_evicted"] += 1
-            ledger.counts["records_evicted"] += ledger.unindex(segment, job.rows) - sum(
-                extent.records for extent in job.extents
-            )
+            ledger.counts["records_evicted"] += ledger.unindex(segment, job.rows) - job.kept
             self.freed_bytes += segment.size
             self.wanted = max(0, self.wanted - 1)
             self.whole.discard(segment.index)

@@ -185,7 +185,7 @@ class Superblock:
         good = (
             0 < segment_bytes <= MAX_SEGMENT_BYTES
             and segment_bytes % SECTOR == 0
-            and 0 < erasure
+            and erasure > 0
             and erasure % SECTOR == 0
             and 0 < segments <= MAX_SEGMENTS
             and (data_at, erasure_at) == (geometry.data_offset, ERASURE_OFFSET)
@@ -337,7 +337,7 @@ def decode_record(data: bytes | memoryview, seed: int) -> RecordHeader | None:
         _RECORD.unpack_from(data)
     )
     known = magic == _RECORD_MAGIC and OLDEST_READ <= version <= FORMAT and codec == RAW and lifetime < SURVIVORS
-    shaped = 1 <= chunks <= MAX_CHUNKS and 1 <= chunk_bytes and chunks * chunk_bytes <= MAX_RECORD_BYTES
+    shaped = 1 <= chunks <= MAX_CHUNKS and chunk_bytes >= 1 and chunks * chunk_bytes <= MAX_RECORD_BYTES
     if not known or not shaped or kind not in (RecordKind.BLOCK, RecordKind.STATE):
         return None
     key, namespace, session, parent = ids[:4]

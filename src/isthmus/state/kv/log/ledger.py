@@ -14,18 +14,18 @@ after that the log takes nothing more in, and `durable` stays below what was los
 Every completed write gets a ticket; a sync covers the tickets given out before it began.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isthmus.contracts.blocks import Owner
 from isthmus.state.kv.index.table import FingerprintTable
 from isthmus.state.kv.log.erasure import ErasureTable
-from isthmus.state.kv.log.format import Geometry, Rows, record_span, spans_of
+from isthmus.state.kv.log.format import Geometry, RecordHeader, Rows, record_span, spans_of
 from isthmus.state.kv.log.segments import READABLE, Segment, SegmentTable, State, usage_by_namespace, usage_of
-from isthmus.state.kv.log.staging import Extent, Stage, Staging
+from isthmus.state.kv.log.staging import Extent, Slot, Stage, Staging
 
 MAX_ATTEMPTS = 3
 SLOT_BITS = 24
@@ -58,6 +58,8 @@ class Ledger:
     def __init__(
         self, geometry: Geometry, segments: SegmentTable, staging: Staging, index: FingerprintTable, seed: int
     ) -> None:
+        self.changed = threading.Condition()
+        """The lock of all this, told of every change."""
         self.geometry = geometry
         self.segments = segments
         self.staging = staging
@@ -84,14 +86,13 @@ class Ledger:
 
     # Taking in
 
-    def begun(self, extent: Extent) -> None:
-        """An extent that was begun counts as unsettled."""
+    def take(self, slot: Slot, header: RecordHeader) -> None:
+        """A record got room in an extent, and the next sequence."""
+        self.sequence = header.sequence
+        extent, name = slot.extent, header.owner.namespace_id
         if extent.records == 1:
             self.unsettled.append(extent)
-
-    def charge(self, owner: Owner, span: int) -> None:
-        """A record takes room of its owner's."""
-        self.usage[owner.namespace_id] = self.usage.get(owner.namespace_id, 0) + span
+        self.usage[name] = self.usage.get(name, 0) + header.span
 
     def _discharge(self, usage: dict[bytes, int]) -> None:
         for name, size in usage.items():

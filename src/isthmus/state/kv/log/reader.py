@@ -27,7 +27,7 @@ from isthmus.state.kv.log.staging import copy
 
 
 class Task:
-    """One record of a batch while it is read. `reason` None: not finished. `other`: the record there has another key."""
+    """One record of a batch while it is read. `reason` None: not finished. `other`: what is there has another key."""
 
     __slots__ = ("_arrived", "_body", "_head", "_head_left", "_into", "_left", "_seed", "generation", "header", "other",
                  "reason", "start", "want")  # fmt: skip
@@ -177,7 +177,9 @@ class BatchReader:
                     if completion.error:
                         tasks[part.index].fail(Reason.IO_ERROR)
                     else:
-                        tasks[part.index].take(view[part.offset - window.offset : part.end - window.offset], part.offset)
+                        tasks[part.index].take(
+                            view[part.offset - window.offset : part.end - window.offset], part.offset
+                        )
                         touched.add(part.index)
                 idle.append(view)
 

@@ -3,8 +3,8 @@
 Promises
 
 - a disk that holds something else, or a newer format, is not touched;
-- of a sealed segment only header and footer are read; a segment without a valid footer is scanned (scan.py). One damaged
-bit in a superblock, an erasure table, a header, a footer or an extent's header loses no record but an extent's own;
+- of a sealed segment only header and footer are read; one without a valid footer is scanned (scan.py). One damaged bit
+in a superblock, an erasure table, a header, a footer or an extent's header loses no record but an extent's own;
 - nothing is called durable before a sync at the end of recovery succeeded: what a killed process had written is on the
 disk's surface only then;
 - what was forgotten is dead from the first moment, whether or not its scrub was finished.
@@ -178,7 +178,9 @@ class Recovery:
         if header is not None and header.index != segment.index:
             header = None
         trailer = Trailer.decode(tail, segment.size, seed) if tail is not None else None
-        if trailer is not None and (trailer.index != segment.index or (header and trailer.generation != header.generation)):
+        if trailer is not None and (
+            trailer.index != segment.index or (header and trailer.generation != header.generation)
+        ):
             trailer = None
         if header is not None:
             segment.generation, segment.lane = header.generation, header.lane
@@ -301,4 +303,3 @@ class _Reader:
 
     def __call__(self, offset: int, length: int) -> bytearray:
         return self.control.read(self.start + offset, length)
-

@@ -46,7 +46,8 @@ class Broken:
 
 @dataclass(slots=True)
 class Scan:
-    """What was found: the directory by extent, where the extents end, the next ordinal. `garbage`: bytes beside the extents that are not zero, in whole sectors.
+    """What was found: the directory by extent, where the extents end, the next ordinal. `garbage`: bytes beside the
+    extents that are not zero, in whole sectors (offset, length).
     """
 
     rows: list[Rows] = field(default_factory=list)
@@ -63,7 +64,12 @@ def scan_segment(read: Read, size: int, generation: int, seed: int) -> Scan:
     at = SECTOR
     while at < size:
         header = window.extent(at, seed)
-        if header is None or header.generation != generation or header.ordinal < found.extents or at + header.size > size:
+        if (
+            header is None
+            or header.generation != generation
+            or header.ordinal < found.extents
+            or at + header.size > size
+        ):
             at = window.next_magic(at + SECTOR)
             continue
         if at > found.end:

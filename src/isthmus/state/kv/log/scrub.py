@@ -5,8 +5,8 @@ Promises
 - an erasure is `done` only after all of this was durable: the dead records of every segment are holes of zeros, no
 directory names them, and what lies beside the records of any segment (of an earlier generation, or of a write that was
 repeated elsewhere) is zeros too;
-- live neighbours keep every byte: within sectors that they share with dead records the same bytes are written again, and
-a sector of 512 bytes is written entirely or not at all;
+- live neighbours keep every byte: in sectors that they share with dead records the same bytes are written again, and
+512 of them entirely or not at all;
 - a crash anywhere in between leaves a log that can be read, with the erasure still to be done: it begins again.
 
 One segment at a time, in three durable steps: the holes' headers (so that a scan can walk over them), zeros behind
@@ -14,7 +14,6 @@ them, a footer without them.
 """
 
 import errno
-import threading
 
 import numpy as np
 
@@ -80,19 +79,15 @@ class Scrubber:
     def __init__(
         self,
         ledger: Ledger,
-        changed: threading.Condition,
         control: Control,
         committer: Committer,
         directories: Directories,
-        *,
-        uuid: bytes,
     ) -> None:
         self._ledger = ledger
-        self._changed = changed
+        self._changed = ledger.changed
         self._control = control
         self._committer = committer
         self._directories = directories
-        self._uuid = uuid
         self._table = ErasureTable()
         self._epoch = 0
         self._after = 0
@@ -100,21 +95,23 @@ class Scrubber:
         self._not_before = 0.0
         self._failed = False
 
-    def step(self, now: float) -> int:
-        """Do one segment. Returns the epoch up to which every erasure has just been carried out, or 0."""
+    def step(self, now: float) -> tuple[int, bool]:
+        """Do one segment. Returns the epoch up to which every erasure has just been carried out, or 0; and whether
+        anything was done.
+        """
         with self._changed:
             pending = self._ledger.erasures.pending
             if not pending or now < self._not_before:
-                return 0
+                return 0, False
             if not self._epoch:
                 self._begin(pending)
             if self._ledger.durable < self._after:
-                return 0
+                return 0, False
         try:
             return self._next(now)
         except DiskFailed:
             self._put_off(now)
-            return 0
+            return 0, False
 
     def _begin(self, pending: tuple[Forgotten, ...]) -> None:
         """A pass over all segments, once everything that was stamped before is durable."""
@@ -130,21 +127,21 @@ class Scrubber:
         self._not_before = now + RETRY_S
         self._epoch = 0
 
-    def _next(self, now: float) -> int:
+    def _next(self, now: float) -> tuple[int, bool]:
         while self._todo:
             segment = self._ledger.segments[self._todo[-1]]
             worked = self._segment(segment)
             if worked is None:
-                return 0
+                return 0, False
             self._todo.pop()
             if worked:
                 self._ledger.counts["segments_scrubbed"] += 1
-                return 0
+                return 0, True
         epoch, self._epoch = self._epoch, 0
         if self._failed or not self._committer.commit():
             self._not_before = now + RETRY_S
-            return 0
-        return epoch
+            return 0, False
+        return epoch, True
 
     def _segment(self, segment: Segment) -> bool | None:
         """Scrub one segment: whether there was anything to do; None: it has to be looked at again later."""

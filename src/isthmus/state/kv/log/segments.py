@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from isthmus.contracts.blocks import ID_BYTES, Lifetime
 from isthmus.contracts.errors import StoreError
@@ -106,12 +107,14 @@ class Segment:
             self._hits[page >> 3] |= 1 << (page & 7)
             self.hit_bytes += max(size, _PAGE)
 
-    def was_hit(self, rows: Rows) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    def was_hit(self, rows: Rows) -> NDArray[np.bool_]:
         """Which records were read since they were written, to the page: small neighbours count as one."""
         if self._hits is None:
             return np.zeros(len(rows), np.bool_)
         pages = rows["slot"].astype(np.int64) * SLOT // _PAGE
-        return (np.frombuffer(self._hits, np.uint8)[pages >> 3] >> (pages & 7).astype(np.uint8) & 1).astype(np.bool_)
+        bits = np.frombuffer(self._hits, np.uint8)[pages >> 3] >> (pages & 7).astype(np.uint8)
+        was: NDArray[np.bool_] = (bits & 1).astype(np.bool_)
+        return was
 
     @property
     def hit_part(self) -> float:

@@ -113,12 +113,15 @@ class Slot:
 
 
 class Staging:
-    """The extents in memory: one filling per class, and those that wait for the disk."""
+    """The extents in memory: one filling per class, and those that wait for the disk. They may take all of `buffers`
+    that are free at the start.
+    """
 
     def __init__(self, buffers: AlignedBuffers) -> None:
         self._buffers = buffers
         self._size = buffers.size
-        self._reserved = max(1, buffers.count // _SURVIVORS_SHARE)
+        self._count = buffers.free
+        self._reserved = max(1, self._count // _SURVIVORS_SHARE)
         self.filling: list[Extent | None] = [None] * CLASSES
         self.queues: list[deque[Extent]] = [deque() for _ in range(CLASSES)]
         self.starved = False
@@ -127,7 +130,7 @@ class Staging:
     @property
     def largest_span(self) -> int:
         """The longest record that can ever be taken."""
-        return (self._buffers.count - self._reserved) * self._size - EXTENT_HEADER
+        return (self._count - self._reserved) * self._size - EXTENT_HEADER
 
     @property
     def free(self) -> int:

@@ -11,7 +11,6 @@ Syncs are somebody else's (commit.py): `step` only ever waits for writes, and no
 """
 
 import errno
-import threading
 from collections import deque
 from dataclasses import dataclass
 
@@ -39,6 +38,14 @@ from isthmus.state.kv.log.staging import Extent
 _ORDER = (SURVIVORS, *range(SURVIVORS))
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Buffers that are the writer's alone: for one footer, and for a header of each class."""
+
+    footers: memoryview
+    headers: memoryview
+
+
 @dataclass(slots=True)
 class Lane:
     """The segments of one class: the one that takes extents, and the one after it."""
@@ -59,23 +66,22 @@ class _Job:
 
 
 class Writer:
-    """See the module. `changed` guards the ledger and is told of every change. Two of `buffers` are the writer's."""
+    """See the module. `changed` guards the ledger and is told of every change."""
 
     def __init__(
         self,
         ledger: Ledger,
-        changed: threading.Condition,
         channel: Channel,
+        own: Own,
         *,
-        own: tuple[memoryview, memoryview],
         settings: LogSettings,
         uuid: bytes,
         clock: Clock,
     ) -> None:
         self._ledger = ledger
-        self._changed = changed
+        self._changed = ledger.changed
         self._channel = channel
-        self._footers, self._headers = own
+        self._footers, self._headers = own.footers, own.headers
         self._linger_s = settings.linger_s
         self._uuid = uuid
         self._clock = clock
@@ -132,10 +138,6 @@ class Writer:
     def adopt(self, lane: int, segment: Segment) -> None:
         """An OPEN segment, found when the log was opened, takes the extents of its class."""
         self.lanes[lane].open = segment
-
-    def close(self) -> None:
-        """End the channel: bounded (see `Channel.close`)."""
-        self._channel.close()
 
     # Choosing, under the lock
 
