@@ -59,7 +59,7 @@ class Calls:
         return os.lstat(path)
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
-        """Open `path` with flags and mode of open(2)."""
+        """Open `path`, as the manual of open has it."""
         return os.open(path, flags, mode)
 
     def close(self, fd: int) -> None:
