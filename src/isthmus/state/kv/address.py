@@ -1,11 +1,12 @@
 """The daemon's place in the file system: a private folder with the socket, its lock and the secret behind its tokens.
 
-    <socket>          0600, the socket
-    <socket>.lock     held by the running daemon; its death releases it
-    <socket>.secret   0600, 32 random bytes in hex, made when there is none. Tokens are derived from it: deleting it
-                      before a start makes all tokens given out so far worthless
+<socket>          0600, the socket
+<socket>.lock     held by the running daemon; its death releases it
+<socket>.secret   0600, 32 random bytes in hex, made when there is none. Tokens are derived from it: deleting it
+                  before a start makes all tokens given out so far worthless
 """
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -60,6 +61,12 @@ class Address:
             os.close(self._lock)
             raise ConfigInvalid(f"{path} cannot be served: {error}") from error
 
+    def wake(self) -> None:
+        """Give whoever accepts something to accept."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as knock, contextlib.suppress(OSError):
+            knock.settimeout(0)
+            knock.connect(str(self.path))
+
     def close(self) -> None:
         """Take the socket away and let another daemon serve."""
         self.socket.close()
@@ -104,7 +111,9 @@ def _secret(path: Path, entropy: Entropy) -> bytes:
             raise ConfigInvalid(f"{file} has to be its owner's alone (mode 0600)") from None
         secret = read_secret(path)
         if len(secret) != SECRET_BYTES:
-            raise ConfigInvalid(f"{file} holds no secret of {SECRET_BYTES} bytes in hex: delete it for a new one") from None
+            raise ConfigInvalid(
+                f"{file} holds no secret of {SECRET_BYTES} bytes in hex: delete it for a new one"
+            ) from None
         return secret
     secret = entropy.token_bytes(SECRET_BYTES)
     with os.fdopen(descriptor, "w") as out:

@@ -16,7 +16,7 @@ from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record
 from isthmus.state.kv.arena.copying import digests_of
 from isthmus.state.kv.log.log import SegmentLog
-from isthmus.state.kv.log.records import LogEntry, LogRead, Location
+from isthmus.state.kv.log.records import Location, LogEntry, LogRead
 from isthmus.state.kv.parts import Parts
 
 TICK_S = 0.2
@@ -178,5 +178,3 @@ class Attendant:
             for record in left:
                 dram.give_up(record)
         return outcomes
-
-

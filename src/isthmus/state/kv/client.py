@@ -265,12 +265,12 @@ def _rounds(sizes: Sequence[tuple[int, int]], room: int) -> list[tuple[int, int]
     rounds: list[tuple[int, int]] = []
     first, used, chunks = 0, 0, 0
     for index, (size, count) in enumerate(sizes):
-        size = -(-size // _ALIGN) * _ALIGN
-        full = used + size > room or (chunks + count) * DIGEST_BYTES > wire.DETAIL_BYTES
+        room_taken = -(-size // _ALIGN) * _ALIGN
+        full = used + room_taken > room or (chunks + count) * DIGEST_BYTES > wire.DETAIL_BYTES
         if index > first and full:
             rounds.append((first, index))
             first, used, chunks = index, 0, 0
-        used += size
+        used += room_taken
         chunks += count
     if first < len(sizes):
         rounds.append((first, len(sizes)))

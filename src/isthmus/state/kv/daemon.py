@@ -57,6 +57,7 @@ class Daemon:
     def stop(self) -> None:
         """Drop all clients. Bounded. The store stays open."""
         self._ending.set()
+        self._address.wake()
         self._accepting.join(_END_S)
         with self._lock:
             serving = dict(self._serving)
@@ -84,7 +85,10 @@ class Daemon:
                 self._store.counts.add("client", None, "not_accepted")
                 self._ending.wait(_PAUSE_S)
                 continue
-            self._take_in(sock)
+            if self._ending.is_set():
+                sock.close()
+            else:
+                self._take_in(sock)
 
     def _take_in(self, sock: socket.socket) -> None:
         connection = Connection(sock, self._clock)

@@ -68,7 +68,7 @@ class Holders:
             self._reader.release_all(holder.number)
 
     def expired(self, lease: StoreLease) -> bool:
-        """A lease ended by itself. Whoever has sent nothing since it was granted has stalled and is dropped; whether."""
+        """A lease ended by itself. Who has sent nothing since it was granted has stalled and is dropped: true then."""
         with self._lock:
             holder = self._by_number.get(lease.holder)
             stalled = list(holder.connections) if holder and holder.heard_at <= lease.granted_at else []

@@ -97,9 +97,7 @@ class LanePool:
             return token or wire.derive_token(read_secret(path), settings.role)
 
         greeting = Greeting(path, settings.role, prove, settings.name)
-        self._free = [
-            Lane(greeting, clock, settings.window_bytes, settings.area_bytes) for _ in range(settings.lanes)
-        ]
+        self._free = [Lane(greeting, clock, settings.window_bytes, settings.area_bytes) for _ in range(settings.lanes)]
         self._changed = threading.Condition()
         self._session = b""
         self._unsent: list[wire.Release] = []

@@ -14,6 +14,7 @@ Safe to call from several threads. No lock is held while bytes are copied, hashe
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from isthmus.contracts.blocks import (
     MAX_BATCH,
@@ -36,13 +37,12 @@ from isthmus.state.kv.arena.memory import create_arena
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.dram import Dram
-from isthmus.state.kv.io.disk import Disk
-from isthmus.state.kv.io.opening import open_disk
+from isthmus.state.kv.io.disk import Disk, open_disk
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.opening import open_log
 from isthmus.state.kv.log.records import LogStats
 from isthmus.state.kv.parts import Parts, check_batch
-from isthmus.state.kv.reading import LOCAL, Reader, StoreLease, own_lease
+from isthmus.state.kv.reading import Reader, StoreLease, own_lease
 from isthmus.state.kv.scopes import Scopes
 from isthmus.state.kv.settings import StoreSettings
 from isthmus.state.kv.upkeep import Upkeep
@@ -190,9 +190,8 @@ def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy) -> Store
         disk: Disk | None = None
         log: SegmentLog | None = None
         if settings.path and settings.log is not None:
-            disk = open_disk(
-                settings.path, capacity=settings.log.capacity, create=True, backend=settings.disk_backend
-            )
+            path, capacity = Path(settings.path), settings.log.capacity
+            disk = open_disk(path, capacity=capacity, create=True, backend=settings.disk_backend)
             stack.callback(disk.close)
             log = open_log(disk, settings.log, clock, entropy)
             stack.callback(log.close)

@@ -31,8 +31,8 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """How a verification went: records that are what was written, that are not (they are quarantined), that could not be
-    read.
+    """How a verification went: records that are what was written, that are not (they are quarantined now), that could
+    not be read.
     """
 
     dram_good: int = 0
@@ -81,7 +81,7 @@ class Upkeep:
         return list(itertools.islice(self._in_log(tier), skip, skip + limit))
 
     def verify(self, timeout_s: float) -> Checked:
-        """Read and verify everything; what is damaged is quarantined. Raises `DeadlineExceeded` when it takes longer."""
+        """Read and verify everything; what is damaged is quarantined. Raises `DeadlineExceeded` after `timeout_s`."""
         deadline = self.parts.clock.monotonic() + timeout_s
         good = corrupt = 0
         for record in self.parts.dram.records():

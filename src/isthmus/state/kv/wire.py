@@ -72,7 +72,7 @@ def derive_token(secret: bytes, role: str) -> bytes:
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """The first frame. `session`: what `Welcome` gave another connection of the same client, which shares its leases."""
+    """The first frame. `session`: what `Welcome` gave another connection of the same client; they share leases."""
 
     version: int
     role: Text = ENGINE
