@@ -74,6 +74,26 @@ def test_a_batch_may_name_the_same_pair_twice() -> None:
     assert len(table) == before
 
 
+def test_replacing_goes_pair_by_pair() -> None:
+    table = FingerprintTable()
+    keys = some_keys(300)
+    table.put(keys, numbers(300))
+    table.put(keys, numbers(300, 1000))
+    # What comes is there already: once, afterwards.
+    assert table.replace(keys, numbers(300), numbers(300, 1000)).all()
+    assert len(table) == 300
+    assert all(table.candidates(row.tobytes()) == [1000 + at] for at, row in enumerate(keys))
+    # The same pair twice, then what became of it: the first of the two moves it.
+    done = table.replace(np.tile(keys, (3, 1)), np.tile(numbers(300, 1000), 3)[:900], numbers(900, 2000))
+    assert done.tolist() == [True] * 300 + [False] * 600
+    assert (table.find(keys) == np.arange(2000, 2300)).all()
+    done = table.replace(
+        np.tile(keys, (2, 1)), np.concatenate([numbers(300, 2000), numbers(300, 3000)]), numbers(600, 3000)
+    )
+    assert done.all()
+    assert (table.find(keys) == np.arange(3300, 3600)).all()
+
+
 def test_keys_with_one_hash_are_all_candidates() -> None:
     """Far more than a partition could hold at one place; they cannot be told apart, and none is lost."""
     table = FingerprintTable(partition_slots=2048)

@@ -370,7 +370,7 @@ class FingerprintTable:
         # Alone with its fingerprint, and meant once: nothing else is the pair that comes, or what another one means.
         hit &= bound - words.take(at + 1) >= _NO_LOCATION
         _, back, times = np.unique(at, return_inverse=True, return_counts=True)
-        hit &= times.take(back) == 1
+        hit &= (times.take(back) == 1) & (not self._spilled)
         done: NDArray[np.bool_] = hit.copy()
         words[at[hit]] = (bound - new)[hit]
         del words, tags  # what follows may move them
