@@ -74,11 +74,12 @@ def test_a_batch_may_name_the_same_pair_twice() -> None:
     assert len(table) == before
 
 
-def test_replacing_goes_pair_by_pair() -> None:
+@pytest.mark.parametrize("first", [0, 1000])
+def test_replacing_goes_pair_by_pair(first: int) -> None:
     table = FingerprintTable()
     keys = some_keys(300)
-    table.put(keys, numbers(300))
-    table.put(keys, numbers(300, 1000))
+    table.put(keys, numbers(300, first))
+    table.put(keys, numbers(300, 1000 - first))
     # What comes is there already: once, afterwards.
     assert table.replace(keys, numbers(300), numbers(300, 1000)).all()
     assert len(table) == 300
