@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import KEY_BYTES
 from isthmus.state.kv.index import probing
-from isthmus.state.kv.index.partitions import PRINT_MASK, SPARSE, TAG_MASK, Asked, Partitions
+from isthmus.state.kv.index.partitions import FEW_KEYS, PRINT_MASK, SPARSE, TAG_MASK, Asked, Partitions
 from isthmus.state.kv.index.probing import LOCATION_BITS, LOCATIONS, PRINT_BITS, Ints, Words
 
 MAX_EXPECTED = 1 << 30
@@ -34,7 +34,6 @@ _HASH_BYTES = 8
 _CHUNK = 16_384
 _FEW = 32  # up to so many keys are found quicker one by one
 _FEW_CHANGES = 64  # ... are put and removed quicker one by one
-_CROWD = 12
 _LOCATION_MASK = (1 << LOCATION_BITS) - 1
 _GREATEST = (1 << 64) - 1
 _HASH = np.dtype("<u8")
@@ -121,15 +120,11 @@ class FingerprintTable:
             return
         asked = self._parts.ask(hashes)
         words = probing.bounds(asked.prints) - places
-        crowded = self._parts.crowded(asked.parts, _CROWD)
-        if crowded.any():
-            many = crowded.take(asked.parts)
-            self._absorb(asked.take(np.flatnonzero(many)), words[many])
-            few = np.flatnonzero(~many)
-            asked, words = asked.take(few), words[few]
-        for start in range(0, len(words), _CHUNK):
-            which = np.arange(start, min(start + _CHUNK, len(words)))
-            self._insert(asked.take(which), words[which])
+        crowd, rest = self._crowd(asked, coming=True)
+        for part, which in crowd:
+            self._parts.absorb(part, words.take(which), asked.tags.take(which))
+        for which in rest:
+            self._insert(asked.take(which), words.take(which))
 
     def remove(self, keys: NDArray[np.uint8], locations: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Remove pairs of key and location; which of them were there. A pair that is named twice was there once."""
@@ -137,10 +132,18 @@ class FingerprintTable:
         if len(hashes) <= _FEW_CHANGES:
             pairs = zip(hashes.tolist(), places.tolist(), strict=True)
             return np.array([self._drop(hashed, location) for hashed, location in pairs], np.bool_)
+        asked = self._parts.ask(hashes)
+        words = probing.bounds(asked.prints) - places
         gone = np.zeros(len(hashes), np.bool_)
-        for start in range(0, len(hashes), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            gone[chunk] = self._remove(hashes[chunk], places[chunk])
+        crowd, rest = self._crowd(asked, coming=False)
+        for part, which in crowd:
+            gone[which] = self._parts.shed(part, words.take(which), asked.tags.take(which))
+        for which in rest:
+            gone[which] = self._remove(asked.take(which), words.take(which))
+        if self._spilled:
+            for index in np.flatnonzero(~gone).tolist():
+                gone[index] = self._unspill(int(hashes[index]), int(places[index]))
+        self._relax(asked)
         return gone
 
     def replace(self, keys: NDArray[np.uint8], old: NDArray[np.uint64], new: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -277,13 +280,21 @@ class FingerprintTable:
             found[index] = self._first(int(hashes[index]))
         return found
 
-    def _absorb(self, asked: Asked, words: Words) -> None:
-        """Add many words to few partitions, one by one."""
-        order = np.argsort(asked.parts << PRINT_BITS | asked.prints)
-        parts, words, tags = asked.parts[order], words[order], asked.tags[order]
+    def _crowd(self, asked: Asked, *, coming: bool) -> tuple[list[tuple[int, Ints]], list[Ints]]:
+        """Those of a batch that are many for their partition, partition by partition, by fingerprint; and the others,
+        in pieces that fit a cache.
+        """
+        crowded = self._parts.crowded(asked.parts, coming=coming)
+        if not crowded.any():
+            few = np.arange(len(asked.parts))
+            return [], [few[start : start + _CHUNK] for start in range(0, len(few), _CHUNK)]
+        of_many = crowded.take(asked.parts)
+        many, few = np.flatnonzero(of_many), np.flatnonzero(~of_many)
+        many = many.take(np.argsort(asked.parts.take(many) << PRINT_BITS | asked.prints.take(many)))
+        parts = asked.parts.take(many)
         starts = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
-        for start, end in itertools.pairwise(starts):
-            self._parts.absorb(int(parts[start]), words[start:end], tags[start:end])
+        crowd = [(int(parts[start]), many[start:end]) for start, end in itertools.pairwise(starts)]
+        return crowd, [few[start : start + _CHUNK] for start in range(0, len(few), _CHUNK)]
 
     def _insert(self, asked: Asked, new: Words) -> None:
         """Add words to partitions that have room for them. In each round those that move no common neighbour."""
@@ -313,13 +324,11 @@ class FingerprintTable:
         for index in [*single, *left.tolist()]:
             self._add(int(asked.hashes[index]), int(~new[index]) & _LOCATION_MASK)
 
-    def _remove(self, hashes: Words, places: Words) -> NDArray[np.bool_]:
+    def _remove(self, asked: Asked, wanted: Words) -> NDArray[np.bool_]:
         """As `_insert`, the other way."""
         parts, directory, words, tags = self._parts, self._directory, self._slots.words, self._slots.tags
-        asked = parts.ask(hashes)
-        wanted = probing.bounds(asked.prints) - places
-        gone = np.zeros(len(hashes), np.bool_)
-        left, single = np.arange(len(hashes)), list[int]()
+        gone = np.zeros(len(wanted), np.bool_)
+        left, single = np.arange(len(wanted)), list[int]()
         while left.size > _FEW_CHANGES:
             now = asked.take(left)
             at = parts.homes(now)
@@ -327,8 +336,7 @@ class FingerprintTable:
             probing.seek(words, at, bound)
             found = words.take(at)
             hit = (found == wanted.take(left)) & (tags.take(at) == now.tags)
-            alike = bound - found < _NO_LOCATION
-            single += left[~hit if self._spilled else alike & ~hit].tolist()
+            single += left[(bound - found < _NO_LOCATION) & ~hit].tolist()
             hits = np.flatnonzero(hit)
             ends = at.take(hits) + 1
             where = now.parts.take(hits)
@@ -341,14 +349,14 @@ class FingerprintTable:
             hit[chosen] = False
             left = left[hit]
         for index in [*single, *left.tolist()]:
-            gone[index] = self._discard(int(hashes[index]), int(places[index]))
-        self._relax(asked)
+            gone[index] = self._discard(int(asked.hashes[index]), int(~wanted[index]) & _LOCATION_MASK)
         return gone
 
     def _relax(self, asked: Asked) -> None:
         directory = self._directory
         parts, first = np.unique(asked.parts, return_index=True)
-        sparse = directory.keys.take(parts) * 100 < directory.homes.take(parts) * SPARSE
+        keys = directory.keys.take(parts)
+        sparse = (keys * 100 < directory.homes.take(parts) * SPARSE) | (keys < FEW_KEYS)
         for hashed in asked.hashes[first[sparse]].tolist():
             self._parts.relax(hashed)
 
@@ -362,7 +370,7 @@ class FingerprintTable:
         # Alone with its fingerprint, and meant once: nothing else is the pair that comes, or what another one means.
         hit &= bound - words.take(at + 1) >= _NO_LOCATION
         _, back, times = np.unique(at, return_inverse=True, return_counts=True)
-        hit &= times.take(back) == 1
+        hit &= (times.take(back) == 1) & (not self._spilled)
         done: NDArray[np.bool_] = hit.copy()
         words[at[hit]] = (bound - new)[hit]
         del words, tags  # what follows may move them
