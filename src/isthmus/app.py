@@ -39,6 +39,7 @@ from isthmus.observability.lineage import LineageRecorder, LineageSettings
 from isthmus.observability.logs import JsonRequestLog
 from isthmus.observability.metrics import PrometheusMetrics
 from isthmus.state.journal.sqlite import JournalSettings, open_journal
+from isthmus.state.kv.address import make_private
 from isthmus.state.kv.daemon import run_daemon
 from isthmus.state.kv.log.settings import LogSettings
 from isthmus.state.kv.settings import DaemonSettings, StoreSettings
@@ -99,6 +100,7 @@ def serve_store(settings: Settings, on_ready: Callable[[str], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     clock, entropy = SystemClock(), SystemEntropy()
+    make_private(settings.store_socket.absolute().parent)
     store = open_store(store_settings(settings), clock, entropy)
     daemon = DaemonSettings(socket=str(settings.store_socket.absolute()))
     run_daemon(store, daemon, clock, entropy, stop=stop, on_ready=on_ready)
@@ -262,8 +264,8 @@ def store_settings(settings: Settings) -> StoreSettings:
             segment_bytes=SMALL_SEGMENT if settings.store_disk <= SMALL_LOG else LARGE_SEGMENT,
             wear_bytes_day=settings.store_wear,
         )
-    path = str(settings.store_path.absolute())
-    return StoreSettings(arena_bytes=settings.store_memory, policy=settings.store_policy, log=log, log_path=path)
+    path = str(settings.store_path.absolute()) if log is not None else ""
+    return StoreSettings(arena_bytes=settings.store_memory, policy=settings.store_policy, log=log, path=path)
 
 
 def sampling_defaults(settings: Settings) -> SamplingDefaults:

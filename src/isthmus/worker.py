@@ -16,6 +16,7 @@ import msgspec
 from isthmus.contracts.blocks import BlockStore
 from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.execution.inference.process import Link, run
+from isthmus.state.kv.address import make_private
 from isthmus.state.kv.client import open_client
 from isthmus.state.kv.daemon import Daemon
 from isthmus.state.kv.settings import DaemonSettings, StoreSettings
@@ -49,6 +50,7 @@ def opener(spec: StoreSpec | None, stack: ExitStack) -> Callable[[], BlockStore 
             return None
         clock, entropy = SystemClock(), SystemEntropy()
         if spec.own is not None:
+            make_private(Path(spec.socket).parent)
             store = open_store(spec.own, clock, entropy)
             stack.callback(store.close)
             daemon = Daemon(store, DaemonSettings(socket=spec.socket), clock, entropy)

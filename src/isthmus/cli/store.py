@@ -11,10 +11,12 @@ from isthmus.contracts.blocks import ID_BYTES, NO_SESSION, Tier
 
 if TYPE_CHECKING:
     from isthmus.state.kv.admin import RemoteAdmin
+    from isthmus.state.kv.upkeep import Kept
 
 _STORE = ("state_dir", "store_memory", "store_disk", "store_file", "store_policy", "store_wear")
 _DAY_S = 86_400.0
 _MOST_LISTED = 100_000
+_MOST_PICTURED = 16_384
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -118,7 +120,7 @@ def run_admin(arguments: argparse.Namespace) -> int:
                 screen.line(f"evicted {freed} bytes from {arguments.tier}")
                 return OK
             case "compact":
-                _figures(screen, admin.compact(arguments.timeout_s))
+                screen.line(f"freed {admin.compact(arguments.timeout_s)} segments")
                 return OK
             case _:
                 return _forget(admin, screen, arguments, settings.secret_path)
@@ -135,10 +137,16 @@ def _status(admin: "RemoteAdmin", screen: Screen, *, as_json: bool) -> int:
     if as_json:
         screen.line(msgspec.json.format(msgspec.json.encode(stats), indent=1).decode())
         return OK
-    entries = [one for tier in (Tier.DRAM, Tier.NVME) for one in admin.entries(tier, _MOST_LISTED)]
+    entries = [one for tier in (Tier.DRAM, Tier.NVME) for one in _entries(admin, tier)]
     for line in status_lines(stats, entries):
         screen.line(line, *([] if line.startswith(" ") or not line else [BOLD]))
     return OK
+
+
+def _entries(admin: "RemoteAdmin", tier: Tier) -> "list[Kept]":
+    """What the picture is drawn from; nothing of a tier that this store does not have."""
+    held = {one.tier for one in admin.stats().tiers}
+    return admin.entries(tier, _MOST_PICTURED) if tier.value in held else []
 
 
 def _ls(admin: "RemoteAdmin", screen: Screen, tier: Tier, limit: int) -> int:
@@ -156,14 +164,11 @@ def _ls(admin: "RemoteAdmin", screen: Screen, tier: Tier, limit: int) -> int:
 
 
 def _verify(admin: "RemoteAdmin", screen: Screen, timeout_s: float) -> int:
-    figures = admin.verify(timeout_s)
-    _figures(screen, figures)
-    return FAILED if any(count for name, count in figures.items() if "corrupt" in name or "error" in name) else OK
-
-
-def _figures(screen: Screen, figures: dict[str, int]) -> None:
-    for name, count in sorted(figures.items()):
-        screen.line(f"{name.replace('_', ' '):<24}{count:>16,}")
+    found = admin.verify(timeout_s)
+    screen.line(f"dram  {found.dram_good:>12,} good  {found.dram_corrupt:>8,} damaged")
+    unreadable = found.nvme_unreadable
+    screen.line(f"disk  {found.nvme_good:>12,} good  {found.nvme_corrupt:>8,} damaged  {unreadable:>8,} unreadable")
+    return FAILED if found.dram_corrupt or found.nvme_corrupt or unreadable else OK
 
 
 def _forget(admin: "RemoteAdmin", screen: Screen, arguments: argparse.Namespace, secret: Path) -> int:

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from isthmus.config import show_size
 from isthmus.contracts.blocks import NO_SESSION, StoreStats, Tier
-from isthmus.state.kv.wire import Entry
+from isthmus.state.kv.upkeep import Kept
 
 _BAR = 40
 _SESSIONS = 12
 _MIB = 1 << 20
 
 
-def status_lines(stats: StoreStats, entries: Sequence[Entry]) -> list[str]:
+def status_lines(stats: StoreStats, entries: Sequence[Kept]) -> list[str]:
     """Everything `isthmus store status` shows."""
     lines = ["tiers"]
     for tier in stats.tiers:
@@ -31,7 +31,7 @@ def status_lines(stats: StoreStats, entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
-def _residency(entries: Sequence[Entry]) -> list[str]:
+def _residency(entries: Sequence[Kept]) -> list[str]:
     """A line a session, the largest first: how much of it lies in each tier, to one scale."""
     sizes: dict[bytes, dict[Tier, int]] = {}
     for one in entries:
@@ -43,8 +43,8 @@ def _residency(entries: Sequence[Entry]) -> list[str]:
     scale = max(max(found.values()) for _, found in ordered)
     lines = ["residency by session (█ dram, ▒ disk)"]
     for scope, found in ordered[:_SESSIONS]:
-        session = scope[-len(NO_SESSION) :]
-        name = "no session" if session == NO_SESSION else session.hex()[:12]
+        owner = scope[-len(NO_SESSION) :]
+        name = "no session" if owner == NO_SESSION else owner.hex()[:12]
         dram, disk = found.get(Tier.DRAM, 0), found.get(Tier.NVME, 0)
         lines.append(f"  {scope.hex()[:8]} {name:<12} {'█' * _marks(dram, scale):<{_BAR}} {_human(dram):>9} in DRAM")
         lines.append(f"  {'':<21} {'▒' * _marks(disk, scale):<{_BAR}} {_human(disk):>9} on disk")

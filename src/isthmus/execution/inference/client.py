@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from isthmus.contracts import errors
-from isthmus.contracts.errors import EngineFailed, InvalidInput, IsthmusError, Overloaded
+from isthmus.contracts.errors import DiskFailed, EngineFailed, InvalidInput, IsthmusError, Overloaded, StoreUnavailable
 from isthmus.contracts.events import (
     Abort,
     Command,
@@ -51,6 +51,8 @@ def to_error(info: ErrorInfo) -> IsthmusError:
         return kind(info.message, info.field)
     if kind is Overloaded:
         return Overloaded(info.message, info.retry_after_s or 1.0)
+    if kind is DiskFailed:
+        return StoreUnavailable(info.message)  # the number of the system's error stayed in that process
     return kind(info.message)
 
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TypeVar
 
-from isthmus.state.kv.lanepool import ClientSettings, LanePool
-
 from isthmus.contracts.blocks import Erasure, Reason, StoreStats, Tier
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import StoreUnavailable
 from isthmus.state.kv import wire
+from isthmus.state.kv.lanepool import ClientSettings, LanePool
+from isthmus.state.kv.upkeep import Checked, Kept
 
 _SMALL = 1 << 16
 _QUICK_S = 10.0
@@ -38,20 +38,20 @@ class RemoteAdmin:
 
     def evict(self, tier: Tier, size: int, timeout_s: float) -> int:
         """Evict about `size` bytes from a tier; how many went."""
-        answer = self._pool.ask(lambda n: wire.EvictAsk(n, tier, size), wire.Figures, timeout_s)
-        return self._asked(answer).figures.get("bytes", 0)
+        answer = self._pool.ask(lambda n: wire.EvictAsk(n, tier, size, timeout_s), wire.Freed, timeout_s)
+        return self._asked(answer).count
 
-    def verify(self, timeout_s: float) -> dict[str, int]:
-        """Verify everything that is kept; named counts."""
-        return self._asked(self._pool.ask(lambda n: wire.VerifyAsk(n, timeout_s), wire.Figures, timeout_s)).figures
+    def verify(self, timeout_s: float) -> Checked:
+        """Verify everything that is kept."""
+        return self._asked(self._pool.ask(lambda n: wire.VerifyAsk(n, timeout_s), wire.Verified, timeout_s)).checked
 
-    def compact(self, timeout_s: float) -> dict[str, int]:
-        """Rewrite what is left of segments that hold little; named counts."""
-        return self._asked(self._pool.ask(lambda n: wire.CompactAsk(n, timeout_s), wire.Figures, timeout_s)).figures
+    def compact(self, timeout_s: float) -> int:
+        """Rewrite what is left of segments that hold little; how many segments that freed."""
+        return self._asked(self._pool.ask(lambda n: wire.CompactAsk(n, timeout_s), wire.Freed, timeout_s)).count
 
-    def entries(self, tier: Tier, most: int) -> list[wire.Entry]:
+    def entries(self, tier: Tier, most: int) -> list[Kept]:
         """Records of a tier, at most `most`."""
-        found: list[wire.Entry] = []
+        found: list[Kept] = []
         while len(found) < most:
             skip, limit = len(found), min(wire.MAX_LISTED, most - len(found))
             part = self._asked(
