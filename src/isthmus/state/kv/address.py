@@ -46,20 +46,18 @@ class Address:
         self.path = path
         make_private(path.parent)
         self._lock = _lock(path.with_name(path.name + ".lock"))
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, self._lock)
             self.secret = _secret(path, entropy)
-            path.unlink(missing_ok=True)  # what a daemon left that was killed: nobody else holds the lock
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             try:
+                path.unlink(missing_ok=True)  # what a daemon left that was killed: nobody else holds the lock
                 self.socket.bind(str(path))
                 path.chmod(0o600)
                 self.socket.listen(BACKLOG)
-            except OSError:
-                self.socket.close()
-                raise
-        except OSError as error:
-            os.close(self._lock)
-            raise ConfigInvalid(f"{path} cannot be served: {error}") from error
+            except OSError as error:
+                raise ConfigInvalid(f"{path} cannot be served: {error}") from error
+            undo.pop_all()
 
     def wake(self) -> None:
         """Give whoever accepts something to accept."""
