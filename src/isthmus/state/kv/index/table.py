@@ -81,7 +81,7 @@ class FingerprintTable:
         """All locations that may be the key's, for when the first one's record has another key."""
         hashed = _hash(key)
         found = []
-        at, bound, tag = self._seek(hashed)
+        _, at, bound, tag = self._seek(hashed)
         words, tags = self._slots.word, self._slots.tag
         while (location := bound - words[at]) < LOCATIONS:
             if tags[at] == tag:
@@ -158,9 +158,9 @@ class FingerprintTable:
 
     # One hash.
 
-    def _seek(self, hashed: int) -> tuple[int, int, int]:
-        """The slot where words of the fingerprint are or would be, the greatest of those words, and the tag. As long as
-        that less the word at a slot is under `LOCATIONS`, it is a location.
+    def _seek(self, hashed: int) -> tuple[int, int, int, int]:
+        """The partition; the slot where words of the fingerprint are or would be; the greatest of those words; the tag.
+        As long as that greatest one less the word at a slot is under `LOCATIONS`, it is a location.
         """
         directory, words = self._directory, self._slots.word
         part = directory.slot[hashed >> directory.shift]
@@ -170,10 +170,10 @@ class FingerprintTable:
         at = (part << self._bits) + (fingerprint * directory.home[part] >> PRINT_BITS)
         while words[at] > bound:
             at += 1
-        return at, bound, window >> PRINT_BITS & TAG_MASK
+        return part, at, bound, window >> PRINT_BITS & TAG_MASK
 
     def _first(self, hashed: int) -> int:
-        at, bound, tag = self._seek(hashed)
+        _, at, bound, tag = self._seek(hashed)
         words, tags = self._slots.word, self._slots.tag
         while (location := bound - words[at]) < LOCATIONS:
             if tags[at] == tag:
@@ -183,29 +183,27 @@ class FingerprintTable:
             return self._spilled.get(hashed >> self._shift, (-1,))[0]
         return -1
 
-    def _exact(self, hashed: int, location: int) -> int:
-        """The slot of a pair; less than 0 when no slot holds it: -1 - the slot where it belongs."""
-        at, bound, tag = self._seek(hashed)
-        words, tags = self._slots.word, self._slots.tag
-        place, wanted = at, bound - location
+    def _holds(self, hashed: int, location: int) -> bool:
+        return self._exact(*self._seek(hashed)[1:], location) >= 0 or self._has_spilled(hashed, location)
+
+    def _exact(self, at: int, bound: int, tag: int, location: int) -> int:
+        """The slot of a pair, from where `_seek` ended; -1 when no slot holds it."""
+        words, wanted = self._slots.word, bound - location
         while bound - (word := words[at]) < LOCATIONS:
-            if word == wanted and tags[at] == tag:
+            if word == wanted and self._slots.tag[at] == tag:
                 return at
             at += 1
-        return -1 - place
+        return -1
 
     def _add(self, hashed: int, location: int) -> None:
-        parts, directory, words, tags = self._parts, self._directory, self._slots.word, self._slots.tag
-        at = self._exact(hashed, location)
-        if at >= 0 or (self._spilled and location in self._spilled.get(hashed >> self._shift, ())):
+        parts, directory = self._parts, self._directory
+        part, at, bound, tag = self._seek(hashed)
+        if self._exact(at, bound, tag, location) >= 0 or self._has_spilled(hashed, location):
             return
-        part = directory.slot[hashed >> directory.shift]
         if parts.full(part):
             parts.grow(part)
-            part = directory.slot[hashed >> directory.shift]
-            words, tags = self._slots.word, self._slots.tag
-            at = self._exact(hashed, location)
-        end = at = -1 - at
+            part, at, bound, tag = self._seek(hashed)
+        words, tags, end = self._slots.word, self._slots.tag, at
         while words[end]:
             end += 1
         if end & parts.mask > parts.last:
@@ -214,20 +212,19 @@ class FingerprintTable:
         if end > at:
             words[at + 1 : end + 1] = words[at:end]
             tags[at + 1 : end + 1] = tags[at:end]
-        window = hashed >> self._shift
-        words[at] = _GREATEST - ((window & PRINT_MASK) << LOCATION_BITS | location)
-        tags[at] = window >> PRINT_BITS & TAG_MASK
+        words[at] = bound - location
+        tags[at] = tag
         directory.key[part] += 1
-        directory.tip[part] = max(directory.tip[part], (end & parts.mask) + 1)
+        top = (end & parts.mask) + 1
+        directory.tip[part] = max(directory.tip[part], top)
 
     def _discard(self, hashed: int, location: int) -> bool:
-        at = self._exact(hashed, location)
+        part, at, bound, tag = self._seek(hashed)
+        at = self._exact(at, bound, tag, location)
         if at < 0:
             return self._unspill(hashed, location)
-        directory, words, tags = self._directory, self._slots.word, self._slots.tag
-        part = directory.slot[hashed >> directory.shift]
+        directory, words, tags, end = self._directory, self._slots.word, self._slots.tag, at + 1
         homes, base = directory.home[part], part << self._bits
-        end = at + 1
         while (word := words[end]) and base + ((_GREATEST - word >> LOCATION_BITS) * homes >> PRINT_BITS) < end:
             end += 1
         words[at : end - 1] = words[at + 1 : end]
@@ -244,6 +241,9 @@ class FingerprintTable:
             self._parts.relax(hashed)
         return gone
 
+    def _has_spilled(self, hashed: int, location: int) -> bool:
+        return bool(self._spilled) and location in self._spilled.get(hashed >> self._shift, ())
+
     def _unspill(self, hashed: int, location: int) -> bool:
         name = hashed >> self._shift
         held = self._spilled.get(name, [])
@@ -256,7 +256,7 @@ class FingerprintTable:
 
     def _swap(self, hashed: int, old: int, new: int) -> bool:
         if old == new:
-            return self._exact(hashed, old) >= 0 or old in self._spilled.get(hashed >> self._shift, ())
+            return self._holds(hashed, old)
         if not self._discard(hashed, old):
             return False
         self._add(hashed, new)
