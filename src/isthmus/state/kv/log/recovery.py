@@ -264,6 +264,8 @@ class Recovery:
             for part in found.scan.broken:
                 begin, size = start + part.offset + HOLE_HEADER, part.size - HOLE_HEADER
                 found.dirty |= not self._done(zero_bytes, self.control, begin, size)
+            for offset, length in found.scan.unclean:
+                found.dirty |= not self._done(zero_bytes, self.control, start + offset, length)
             for offset, length in found.scan.garbage:
                 found.dirty |= not self._done(self.control.zero, start + offset, length)
             found.segment.dirty = found.dirty
