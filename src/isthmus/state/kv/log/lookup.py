@@ -123,6 +123,6 @@ class Lookup:
             if ledger.erasures.dead(header.key, header.owner, header.stamp):
                 reason = Reason.FORGOTTEN
             else:
-                ledger.segments[asked.at.segment].hit(asked.at.slot, header.span, self._clock.wall())
+                ledger.segments[asked.at.segment].hit(asked.at.slot, header.span)
         outcomes[index] = Outcome(reason, Tier.NVME)
         return True
