@@ -195,11 +195,17 @@ def test_without_memory_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(slots: Slots, regions: int) -> None:
         raise OSError("no memory")
 
+    def add_all() -> None:
+        for place in range(1000, 40_000):
+            table.add(keys[place].tobytes(), place)
+
     with monkeypatch.context() as patch:
         patch.setattr(Slots, "_resize", refuse)
         with pytest.raises(MemoryError):
-            for place in range(1000, 40_000):
-                table.add(keys[place].tobytes(), place)
+            table.put(keys, numbers(40_000))
+        assert (table.find(keys[:1000]) == np.arange(1000)).all()
+        with pytest.raises(MemoryError):
+            add_all()
     kept = len(table)
     assert 1000 < kept < 40_000
     assert (table.find(keys[:kept]) == np.arange(kept)).all()
