@@ -229,6 +229,8 @@ def test_other_bad_input_is_refused() -> None:
         table.put(some_keys(1), numbers(1, LOCATIONS))
     with pytest.raises(InvalidInput, match="location"):
         table.add(bytes(32), LOCATIONS)
+    with pytest.raises(InvalidInput, match="32 bytes"):
+        table.get(bytes(31))
     with pytest.raises(InvalidInput, match="expected"):
         FingerprintTable(-1)
     with pytest.raises(InvalidInput, match="power of two"):

@@ -381,6 +381,8 @@ class FingerprintTable:
 
 
 def _hash(key: bytes) -> int:
+    if len(key) != KEY_BYTES:
+        raise InvalidInput(f"a key has {KEY_BYTES} bytes, not {len(key)}", "key")
     return int.from_bytes(key[:_HASH_BYTES], "little")
 
 
