@@ -1,7 +1,4 @@
-"""`isthmus bench`: what this machine does, beside peers in the same run.
-
-`engine`: this engine on the same asks as others. `retention`: what each policy would have kept of a real workload.
-"""
+"""`isthmus bench`: what this machine does with the engine and the store, beside peers in the same run."""
 
 import argparse
 from pathlib import Path
