@@ -249,20 +249,31 @@ def real(name: str, most: int) -> Workload:
     return cut(traces.read(name, REAL), most)
 
 
-@pytest.mark.parametrize(("size", "lru", "belady"), [(1, 0.054, 0.251), (5, 0.200, 0.374), (25, 0.360, 0.374)])
-def test_the_conversation_trace_gives_the_figures_known_of_it(size: int, lru: float, belady: float) -> None:
-    workload = real("conversation", 1)
+@pytest.fixture(scope="module")
+def conversation() -> Workload:
+    return real("conversation", 1)
+
+
+@pytest.mark.parametrize(("size", "lru", "belady"), [(1, 0.054, 0.251), (5, 0.200, 0.374), (10, 0.284, 0.374)])
+def test_the_conversation_trace_gives_the_figures_known_of_it(
+    conversation: Workload, size: int, lru: float, belady: float
+) -> None:
+    workload = conversation
     arrivals, capacity = workload.trace.arrivals(0), round(workload.trace.distinct * size / 100)
     assert unbounded(workload, arrivals) == pytest.approx(0.374, abs=0.001)
     assert replay("lru", workload, arrivals, capacity).ratio == pytest.approx(lru, abs=0.001)
     assert replay(BELADY, workload, arrivals, capacity).ratio == pytest.approx(belady, abs=0.001)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_the_agentic_trace_gives_the_figures_known_of_it() -> None:
-    """Those are of 710 sessions, the trace has a random half of them: the same to within a few hundredths."""
+    """Those are of 710 sessions; the trace has half of them, drawn at random. Drawing as many again from it, with others
+    left out, moves LRU at 1% by .025 and Belady by .015 (standard deviations), and arrival orders by .01.
+    """
     workload = real("agentic", 64)
     arrivals, distinct = workload.trace.arrivals(1), workload.trace.distinct
     assert unbounded(workload, arrivals) == pytest.approx(0.961, abs=0.005)
-    assert replay("lru", workload, arrivals, distinct // 20).ratio == pytest.approx(0.904, abs=0.01)
-    assert replay(BELADY, workload, arrivals, distinct // 20).ratio == pytest.approx(0.943, abs=0.01)
+    for percent, lru, belady in ((1, 0.366, 0.675), (5, 0.904, 0.943)):
+        capacity = round(distinct * percent / 100)
+        assert replay("lru", workload, arrivals, capacity).ratio == pytest.approx(lru, abs=0.05)
+        assert replay(BELADY, workload, arrivals, capacity).ratio == pytest.approx(belady, abs=0.06)
