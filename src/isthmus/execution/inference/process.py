@@ -130,6 +130,7 @@ class Loop:
         self._link = link
         self._bell = bell
         self._compiled = ""
+        self._paging: dict[str, float] = {}
 
     def run(self) -> None:
         """Until the parent hangs up."""
@@ -155,10 +156,12 @@ class Loop:
                 wait = self._idle_s()
 
     def _idle_s(self) -> float | None:
-        """How long to wait without a step. A build of compiled pieces is looked at meanwhile, and told when it ends."""
+        """How long to wait without a step. What changes meanwhile is told: a build of compiled pieces, which is looked at,
+        and what the store's threads did.
+        """
         stats, wait = self._core.stats(), self._core.wait_s()
-        if stats.compiled != self._compiled:
-            self._compiled = stats.compiled
+        if stats.compiled != self._compiled or stats.paging != self._paging:
+            self._compiled, self._paging = stats.compiled, stats.paging
             self._link.send(Outputs([], stats))
         return wait if stats.compiled != BUILDING else min(BUILD_POLL_S, BUILD_POLL_S if wait is None else wait)
 
