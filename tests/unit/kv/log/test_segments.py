@@ -23,7 +23,9 @@ SIZE = 64 << 10
 
 def rows_of(count: int, namespace: bytes = b"n" * 16, first_slot: int = 65, stamp: int = 3) -> np.ndarray:
     packed = [
-        ROW.pack(bytes([number]) * 32, namespace, b"s" * 16, stamp, number, first_slot + 64 * number, 1, 3000, 1, 0, 1, 0)
+        ROW.pack(
+            bytes([number]) * 32, namespace, b"s" * 16, stamp, number, first_slot + 64 * number, 1, 3000, 1, 0, 1, 0
+        )
         for number in range(count)
     ]
     return np.frombuffer(b"".join(packed), ENTRY)
