@@ -126,12 +126,12 @@ def test_the_least_worth_goes_first() -> None:
     # Read: worth more. Old: less. Little alive: less.
     short.hit(65, 20_000)
     short.hit(400, 20_000)
-    assert list(segments.victims(0))[0] is session
-    assert list(segments.victims(capacity))[0] is short
+    assert next(iter(segments.victims(0))) is session
+    assert next(iter(segments.victims(capacity))) is short
     short.born = capacity
-    assert list(segments.victims(capacity))[0] is session
+    assert next(iter(segments.victims(capacity))) is session
     shared.alive(0, -39_000)
-    assert list(segments.victims(0))[0] is shared
+    assert next(iter(segments.victims(0))) is shared
 
 
 def test_of_equals_the_oldest_goes() -> None:
