@@ -81,6 +81,7 @@ def calls_of(seed: int, kind: str) -> int:
     return world.disk.calls[kind] - start
 
 
+@pytest.mark.timeout(examples(300, 36_000))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "for good"])
 def test_every_call_fails_in_turn(kind: str, forever: bool) -> None:

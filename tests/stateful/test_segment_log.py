@@ -7,6 +7,7 @@ crash; what was durable is there after one; the books agree. Release figure (`ma
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -145,7 +146,7 @@ class LogMachine(RuleBasedStateMachine):
             assert live == stats.records
 
 
-TestSegmentLog = LogMachine.TestCase
+TestSegmentLog = pytest.mark.timeout(examples(300, 7200))(LogMachine.TestCase)
 TestSegmentLog.settings = settings(
     max_examples=examples(25, 1000),
     stateful_step_count=examples(30, 50),

@@ -43,6 +43,8 @@ class SimDisk:
         self._faults: dict[tuple[str, int], int] = {}
         self._from: dict[str, int] = {}
         self.written = 0
+        self.stall: Callable[[float], None] | None = None
+        """When set, no transfer ends: waiting only lets time pass, by this."""
         self.failed: list[tuple[str, int]] = []
 
     # Faults
@@ -174,6 +176,9 @@ class SimChannel:
     def wait(self, least: int, timeout_s: float) -> list[Completion]:
         assert not self._closed
         disk = self._disk
+        if disk.stall is not None:
+            disk.stall(timeout_s)
+            return []
         # Nobody waits for time here: at least one comes, so that a caller who only looks makes progress too.
         count = disk.random.randint(min(max(least, 1), len(self._flying)), len(self._flying))
         disk.random.shuffle(self._flying)
@@ -200,7 +205,7 @@ class SimChannel:
         return Completion(transfer.tag, error)
 
     def close(self) -> None:
-        while self._flying and not self._closed:
+        while self._flying and not self._closed and self._disk.stall is None:
             self.wait(1, 1.0)
         self._closed = True
 

@@ -6,9 +6,10 @@ import pytest
 from tests.support.logs import NAMESPACES, SESSIONS, World, key_of, opened, payload_of, read, read_all, record
 from tests.support.sim_disk import SimDisk
 
-from isthmus.contracts.blocks import Lifetime, Owner, Reason
+from isthmus.contracts.blocks import Lifetime, Owner, Reason, Want
 from isthmus.contracts.errors import DiskFailed, Overloaded
-from isthmus.state.kv.log.erasure import Scope
+from isthmus.contracts.keys import BlockKey
+from isthmus.state.kv.log.erasure import ENTRY_BYTES, HEADER_BYTES, Scope
 from isthmus.state.kv.log.records import LogRead
 from isthmus.state.kv.log.segments import State
 
@@ -63,9 +64,6 @@ def test_it_is_dead_at_once_wherever_it_is() -> None:
     assert {world.kept[entry.key].record.owner for entry in world.log.scan()} == {OTHER}
     # A location that somebody still has.
     assert held is not None
-    from isthmus.contracts.blocks import Want
-    from isthmus.contracts.keys import BlockKey
-
     one = world.kept[key_of(1)].record
     into = memoryview(bytearray(one.shape.record_bytes))
     outcome = world.log.read([LogRead(held, Want(BlockKey(one.key), one.shape, into))], 1.0)[0]
@@ -197,9 +195,10 @@ def test_a_forget_that_cannot_be_made_durable_says_so() -> None:
 
 def test_too_many_at_once_are_refused() -> None:
     world = World()
+    for number in range((4096 - HEADER_BYTES) // ENTRY_BYTES):
+        world.log.forget(Scope.of_key(key_of(number)))
     with pytest.raises(Overloaded):
-        for number in range(200):
-            world.log.forget(Scope.of_key(key_of(number)))
+        world.log.forget(Scope.of_key(key_of(300)))
     world.run(5.0)
     assert world.log.stats().erasures_pending == 0
     world.log.forget(Scope.of_key(key_of(500)))

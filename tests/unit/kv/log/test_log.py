@@ -139,10 +139,8 @@ def test_a_tenant_s_quota_is_kept_and_given_back() -> None:
 
 def test_what_is_not_worth_the_wear_is_not_written() -> None:
     world = World(wear_bytes_day=86_400 * 10)
-    fresh = 0
     reasons = []
-    for _ in range(120):
-        fresh += 1
+    for fresh in range(1, 121):
         reasons.append(world.put(record(key_of(fresh), 3000, lifetime=Lifetime.SHORT))[0].reason)
         world.run(0.05)
     assert reasons[0] is Reason.STORED

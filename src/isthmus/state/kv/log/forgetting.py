@@ -61,7 +61,7 @@ class Forgetting:
             return table.number
 
     def finish(self, epoch: int) -> None:
-        """Every erasure up to `epoch` was carried out. Raises `DiskFailed`: then a restart will carry them out again."""
+        """Every erasure up to `epoch` was carried out. Raises `DiskFailed`: then a restart does it again."""
         with self._one:
             table = self._ledger.erasures.finish(epoch)
             try:

@@ -21,7 +21,7 @@ _ROUNDS = 4
 
 @dataclass(slots=True)
 class _Asked:
-    """One read of a batch: where it is being looked for, and where it was already."""
+    """One read of a batch: where the record is looked for, and where it was not."""
 
     read: LogRead
     at: Location
