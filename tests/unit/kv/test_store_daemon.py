@@ -560,7 +560,10 @@ def test_after_kill_9_and_a_restart_the_client_works_again_with_what_the_log_kep
         assert in_time(lambda: client.match([key_of(0)])[0].tier is Tier.NVME)
         assert client.stats().epoch != epoch
         assert read_under(client, lease, 0)[0].reason is Reason.EXPIRED
-        lease.release()
+        with client.lease([key_of(1)], 30.0) as fresh:
+            assert fresh.number == lease.number
+            lease.release()
+            assert read_under(client, fresh, 1)[0].reason is Reason.HIT, "not released with its namesake"
         assert all(holds(client, name) for name in names)
         status, said = daemon.end()
         assert (status, said) == (0, "")
