@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.io.buffers import AlignedBuffers
-from isthmus.state.kv.io.transfers import Completion, Op, Transfer, admit, past_the_end
+from isthmus.state.kv.io.transfers import Completion, Op, Transfer, admit
 
 ATOM = 512
 Call = Callable[[str], None]
@@ -43,6 +43,8 @@ class SimDisk:
         self._faults: dict[tuple[str, int], int] = {}
         self._from: dict[str, int] = {}
         self.written = 0
+        self.stall: Callable[[float], None] | None = None
+        """When set, no transfer ends: waiting only lets time pass, by this."""
         self.failed: list[tuple[str, int]] = []
 
     # Faults
@@ -174,6 +176,9 @@ class SimChannel:
     def wait(self, least: int, timeout_s: float) -> list[Completion]:
         assert not self._closed
         disk = self._disk
+        if disk.stall is not None:
+            disk.stall(timeout_s)
+            return []
         # Nobody waits for time here: at least one comes, so that a caller who only looks makes progress too.
         count = disk.random.randint(min(max(least, 1), len(self._flying)), len(self._flying))
         disk.random.shuffle(self._flying)
@@ -195,14 +200,17 @@ class SimChannel:
             disk.apply(transfer.offset, data)
         elif transfer.offset + len(data) <= disk.capacity:
             done = disk.random.randint(0, len(data) // ATOM) * ATOM
-            disk.apply(transfer.offset, data[:done])
+            if done:
+                disk.apply(transfer.offset, data[:done])
         return Completion(transfer.tag, error)
 
     def close(self) -> None:
-        while self._flying and not self._closed:
+        while self._flying and not self._closed and self._disk.stall is None:
             self.wait(1, 1.0)
         self._closed = True
 
 
 def _outside(transfer: Transfer, capacity: int) -> int:
-    return past_the_end(admit([transfer], 1)[0], capacity)
+    if transfer.offset + len(transfer.buffer) <= capacity:
+        return 0
+    return errno.EIO if transfer.op is Op.READ else errno.ENOSPC

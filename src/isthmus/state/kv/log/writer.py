@@ -200,25 +200,30 @@ class Writer:
                 continue
             lane.next = segments.take(number)
             if lane.next is not None:
-                lane.next.opened = lane.next.touched = self._clock.wall()
+                lane.next.opened = self._clock.wall()
+                lane.next.born = self._ledger.written_bytes
                 lane.next.first_sequence = self._ledger.sequence + 1
                 lane.next.rows = []
                 taken.append(lane.next)
             elif waits:
-                self._stuck()
+                self._stuck(lane)
         return taken
 
-    def _stuck(self) -> None:
-        """A lane waits for a segment and none is free: see that one can get free, or give up."""
+    def _stuck(self, waiting: Lane) -> None:
+        """A lane waits for a segment and none is free: see that one gets free, or give up."""
         segments = self._ledger.segments
-        if segments.count(State.SEALED) or segments.count(State.CLOSING):
+        if segments.count(State.SEALED) or segments.count(State.CLOSING) or segments.count(State.PREPARED):
             return
+        for lane in self.lanes:
+            if lane.next is not None and lane.next.state is State.READY:
+                waiting.next, lane.next = lane.next, None
+                return
         for lane in self.lanes:
             if lane.open is not None and lane.open.extents and not lane.open.fenced:
                 segments.move(lane.open, State.CLOSING)
                 lane.open = None
                 return
-        if not segments.count(State.OPEN) and not segments.count(State.FREE):
+        if not segments.count(State.OPEN):
             self._ledger.give_up()
 
     def _footer(self) -> tuple[Segment, list[Rows]] | None:
