@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from mmap import mmap
+from typing import Any
 
 from isthmus.state.kv.io.calls import Calls
 from isthmus.state.kv.io.uring import READ
@@ -107,13 +108,13 @@ class TamperingCalls(Calls):
         self._maps[fd, offset] = super().uring_map(fd, length, offset)
         return self._maps[fd, offset]
 
-    def uring_enter(self, fd: int, submit: int, least: int, *, flags: int, argument: int = 0, length: int = 0) -> int:
+    def uring_enter(self, fd: int, submit: int, least: int, **named: Any) -> int:
         params, queues, entries = self._params[fd], self._maps[fd, 0], self._maps[fd, 0x10000000]
         for at in range(24, params[0] * 64, 64):
             asked = struct.unpack_from("<I", entries, at)[0]
             struct.pack_into("<I", entries, at, min(asked, self.longest))
         try:
-            return super().uring_enter(fd, submit, least, flags=flags, argument=argument, length=length)
+            return super().uring_enter(fd, submit, least, **named)
         finally:
             # Of the completions' queue: where its tail and its mask lie, and the entries begin.
             tail, mask = (struct.unpack_from("<I", queues, at)[0] for at in params[20:22])
@@ -167,7 +168,7 @@ class StuckCalls(Calls):
         self._maps[fd, offset] = super().uring_map(fd, length, offset)
         return self._maps[fd, offset]
 
-    def uring_enter(self, fd: int, submit: int, least: int, *, flags: int, argument: int = 0, length: int = 0) -> int:
+    def uring_enter(self, fd: int, submit: int, least: int, **named: Any) -> int:
         if self.stuck and submit:
             params, queues, entries = self._params[fd], self._maps[fd, 0], self._maps[fd, 0x10000000]
             head, mask = (struct.unpack_from("<I", queues, at)[0] for at in (params[10], params[12]))
@@ -176,7 +177,7 @@ class StuckCalls(Calls):
                 struct.pack_into("<BBHiQ", entries, at, READ, 0, 0, self._pipe[0], (1 << 64) - 1)
                 self._waiting += 1
             self.entered.set()
-        return super().uring_enter(fd, submit, least, flags=flags, argument=argument, length=length)
+        return super().uring_enter(fd, submit, least, **named)
 
 
 def descriptors() -> set[str]:
