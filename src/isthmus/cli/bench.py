@@ -1,4 +1,4 @@
-"""`isthmus bench engine`: this engine beside others on the same asks, and beside what the machine allows."""
+"""`isthmus bench`: the engine beside others on the same asks and beside what the machine allows; the store's index."""
 
 import argparse
 from pathlib import Path
@@ -39,6 +39,29 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("--folder", type=Path, default=Path("build/bench-model"), help="the model [%(default)s]")
     engine.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     engine.set_defaults(run=run)
+    _add_index(kinds)
+
+
+def _add_index(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    index = kinds.add_parser(
+        "index",
+        help="bytes and time a key of the block store's index",
+        description="The fingerprint table at 1, 10 and 100 million keys, beside a dictionary: bytes a key, and "
+        "nanoseconds a key to put, find and remove one by one and in batches. 100 million keys take 2 GB.",
+        epilog="example:\n  isthmus bench index --keys 100000000 --json result.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("--keys", type=int, default=10_000_000, help="the largest size [%(default)s]")
+    index.add_argument("--seed", type=int, default=1, help="seed of the keys [%(default)s]")
+    index.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    index.set_defaults(run=run_index)
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    """Measure the index and report."""
+    from isthmus.cli import bench_index  # numpy comes with it
+
+    return bench_index.run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
