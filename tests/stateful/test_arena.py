@@ -171,7 +171,10 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=examples(60, 1000), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=examples(40, 1000),
+    stateful_step_count=examples(30, 50),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 TestExtents = ExtentsMachine.TestCase
 TestExtents.settings = SETTINGS

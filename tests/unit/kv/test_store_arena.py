@@ -16,7 +16,7 @@ from isthmus.contracts.blocks import DIGEST_BYTES, NO_SESSION, Erasure, Outcome,
 from isthmus.contracts.clock import ManualClock
 from isthmus.contracts.errors import ConfigInvalid, InvalidInput, WireViolation
 from isthmus.state.kv.arena import copying
-from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_of, digests_slice, flat
+from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_slice, flat
 from isthmus.state.kv.arena.limits import MARGIN_BYTES, available_memory, check_fits
 from isthmus.state.kv.arena.memory import (
     F_SEAL_FUTURE_WRITE,
@@ -29,6 +29,7 @@ from isthmus.state.kv.arena.memory import (
     region_sizes,
 )
 from isthmus.state.kv.counting import Counts
+from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.leases import LeaseTable
 from isthmus.state.kv.scopes import Scope, Scopes
 from isthmus.state.kv.settings import DaemonSettings, StoreSettings

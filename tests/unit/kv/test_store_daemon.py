@@ -1,5 +1,6 @@
 """Daemon and client beyond the conformance suite: who is let in, what a peer can do, restarts, clients that stall."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -16,7 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support.scale import examples
 from tests.support.store_daemon import running
-from tests.support.stores import LOG, SHAPE, holds, key_of, payload_of, put_of, read_one, read_under, reasons, store_all
+from tests.support.stores import (
+    LOG,
+    OWNER,
+    SHAPE,
+    holds,
+    key_of,
+    payload_of,
+    put_of,
+    read_one,
+    read_under,
+    reasons,
+    store_all,
+)
 
 from isthmus.contracts.blocks import DIGEST_BYTES, NO_SESSION, Hint, HintKind, Reason, Tier, Want
 from isthmus.contracts.clock import SystemClock, SystemEntropy
@@ -24,6 +37,7 @@ from isthmus.contracts.errors import ConfigInvalid, StoreLocked, StoreUnavailabl
 from isthmus.contracts.wire import encode_frame
 from isthmus.state.kv import wire
 from isthmus.state.kv.address import Address, read_secret, secret_path
+from isthmus.state.kv.administrator import Administrator
 from isthmus.state.kv.arena.memory import create_shared
 from isthmus.state.kv.client import RemoteStore, open_client
 from isthmus.state.kv.connection import Closed, Connection, Frames
@@ -294,20 +308,30 @@ def plain_file(folder: Path) -> int:
     return os.open(path, os.O_RDWR)
 
 
+def from_a_pool() -> int:
+    """Memory in huge pages of a pool; there need not be one for this."""
+    descriptor = os.memfd_create("huge", os.MFD_ALLOW_SEALING | os.MFD_HUGETLB)
+    os.ftruncate(descriptor, 2 << 20)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return descriptor
+
+
 def unsealed() -> int:
     descriptor = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, 1 << 16)
     return descriptor
 
 
-@pytest.mark.parametrize("kind", ["plain", "unsealed", "short", "one", "three", "none", "huge"])
+@pytest.mark.parametrize("kind", ["plain", "unsealed", "pool", "short", "one", "three", "none", "huge"])
 def test_memory_that_could_change_under_the_daemon_is_refused(tmp_path: Path, kind: str) -> None:
     with house(tmp_path, handshake_s=0.3) as here:
         raw = here.raw()
         raw.hello(here.token())
         good = create_shared("w", 1 << 16)
-        wrong = {"plain": lambda: plain_file(tmp_path), "unsealed": unsealed}.get(kind, lambda: good.descriptor)()
-        size = {"short": 1 << 17, "huge": 1 << 30}.get(kind, 1 << 16)
+        wrong = {"plain": lambda: plain_file(tmp_path), "unsealed": unsealed, "pool": from_a_pool}.get(
+            kind, lambda: good.descriptor
+        )()
+        size = {"short": 1 << 17, "huge": 1 << 30, "pool": 2 << 20}.get(kind, 1 << 16)
         raw.connection.send(wire.Attach(size, 1 << 16), wire.HELLO_BYTES, SOON)
         sent = {"one": [wrong], "three": [wrong] * 3, "none": []}.get(kind, [wrong, good.descriptor])
         raw.connection.send_descriptors(sent, SOON)
@@ -536,7 +560,10 @@ def test_after_kill_9_and_a_restart_the_client_works_again_with_what_the_log_kep
         assert in_time(lambda: client.match([key_of(0)])[0].tier is Tier.NVME)
         assert client.stats().epoch != epoch
         assert read_under(client, lease, 0)[0].reason is Reason.EXPIRED
-        lease.release()
+        with client.lease([key_of(1)], 30.0) as fresh:
+            assert fresh.number == lease.number
+            lease.release()
+            assert read_under(client, fresh, 1)[0].reason is Reason.HIT, "not released with its namesake"
         assert all(holds(client, name) for name in names)
         status, said = daemon.end()
         assert (status, said) == (0, "")
@@ -628,6 +655,47 @@ def test_reads_through_the_area_are_cut_where_they_do_not_fit(tmp_path: Path) ->
         tiny = here.client(area_bytes=4096, window_bytes=4096)
         assert holds(tiny, 0), "three chunks a page do not fit, one does"
         assert reasons(store_all(tiny, ["big"])) == [Reason.TOO_LARGE]
+
+
+def test_memory_whose_generation_changed_is_not_believed(tmp_path: Path) -> None:
+    """The bytes are still right: only the generation says that they are not this record's any more."""
+    with house(tmp_path) as here:
+        client = here.client()
+        store_all(client, ["x"])
+        (record,) = here.store._parts.dram.where([key_of("x")])
+        assert record is not None
+        with client.lease([key_of("x")], 10.0) as lease:
+            assert read_under(client, lease, "x")[0].reason is Reason.HIT
+            assert here.counted("read_dram_hit") == 0, "read without a word to the daemon"
+            here.store.arena.memory.generations[record.page] += 1
+            assert read_under(client, lease, "x")[0].reason is Reason.HIT
+            assert here.counted("read_dram_hit") == 1, "the daemon was asked"
+            here.store.arena.memory.generations[record.page] -= 1
+        assert in_time(lambda: here.counted("read_dram_hit") == 2), "what the client read alone is counted, too"
+
+
+def test_an_administrator_asks_from_outside(tmp_path: Path) -> None:
+    over_log = StoreSettings(arena_bytes=1 << 20, region_bytes=1 << 19, path=str(tmp_path / "log"), log=LOG)
+    with house(tmp_path, over_log) as here:
+        client = here.client()
+        store_all(client, list(range(5)))
+        client.flush(SOON)
+        admin = Administrator(here.path, CLOCK)
+        assert admin.status().tiers[0].records == 5
+        assert {one.key for one in admin.ls(Tier.DRAM, 0, 10)} == {key_of(name) for name in range(5)}
+        assert len(admin.ls(Tier.NVME, 1, 2)) == 2
+        assert admin.verify(10.0).dram_good == 5
+        assert admin.evict(Tier.DRAM, 1, 5.0) >= 12288
+        assert admin.compact(5.0) >= 0
+        assert admin.forget(OWNER.namespace_id).number == 1
+        assert not holds(client, 1)
+        with pytest.raises(StoreUnavailable, match="tier"):
+            admin.ls(Tier.REMOTE, 0, 1)
+        admin.close()
+        nobody = Administrator(tmp_path / "nowhere", CLOCK)
+        with pytest.raises(StoreUnavailable, match="nowhere"):
+            nobody.status()
+        nobody.close()
 
 
 def test_a_connection_that_is_gone_is_made_again_within_the_call(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from isthmus.contracts.blocks import HintKind, Outcome, Reason, Tier, Want
 from isthmus.contracts.errors import IsthmusError
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record
-from isthmus.state.kv.arena.copying import digests_of
+from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.records import Location, LogEntry, LogRead
 from isthmus.state.kv.parts import Parts

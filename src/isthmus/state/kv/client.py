@@ -36,7 +36,7 @@ from isthmus.state.kv import wire
 from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_slice, flat
 from isthmus.state.kv.lanepool import ClientSettings, LanePool, inside
 from isthmus.state.kv.lanes import Mapping
-from isthmus.state.kv.parts import check_batch
+from isthmus.state.kv.parts import capped, check_batch
 
 _ALIGN = 64
 
@@ -111,6 +111,8 @@ class RemoteStore:
         if lease.ended:
             return
         lease.ended = True
+        if lease.mapping is not self._pool.mapping:
+            return  # of a daemon that is gone: the next one gives the same numbers to other leases
         seen = [wire.Seen(tier, reason, count) for (tier, reason), count in lease.seen.items()]
         self._pool.post(wire.Release([lease.number], seen))
 
@@ -142,8 +144,10 @@ class RemoteStore:
 
     def hint(self, hints: Sequence[Hint]) -> None:
         """See `BlockStore`."""
-        parts = [wire.HintPart(one.kind, list(one.keys[:MAX_BATCH]), one.seconds) for one in hints[:MAX_BATCH]]
-        self._pool.post(wire.HintAsk(parts))
+        kept, dropped = capped(hints)
+        self._pool.counts.add("hint", None, "dropped", dropped)
+        if kept:
+            self._pool.post(wire.HintAsk([wire.HintPart(one.kind, list(one.keys), one.seconds) for one in kept]))
 
     def flush(self, timeout_s: float) -> int:
         """See `BlockStore`. 0 when the daemon did not answer."""

@@ -22,9 +22,17 @@ class Counts:
                 self._counts[name] += count
 
     def add_outcomes(self, operation: str, outcomes: Iterable[Outcome]) -> None:
-        """One more for each outcome of a batch."""
-        for (tier, reason), count in Counter((one.tier, one.reason) for one in outcomes).items():
-            self.add(operation, tier, reason, count)
+        """One more for each outcome of a batch. Neighbours are mostly the same object, so runs are counted."""
+        last, run = None, 0
+        for one in outcomes:
+            if one is last:
+                run += 1
+                continue
+            if last is not None:
+                self.add(operation, last.tier, last.reason, run)
+            last, run = one, 1
+        if last is not None:
+            self.add(operation, last.tier, last.reason, run)
 
     def snapshot(self) -> dict[str, int]:
         """All of them now."""

@@ -8,15 +8,17 @@ answered at once.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from isthmus.contracts.blocks import MAX_BATCH, Reason
 from isthmus.contracts.clock import Clock
-from isthmus.contracts.errors import DeadlineExceeded, StoreUnavailable
+from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreUnavailable
 from isthmus.state.kv import wire
 from isthmus.state.kv.address import read_secret
+from isthmus.state.kv.arena.extents import PAGE_BYTES
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.lanes import Greeting, Lane, Mapping
 
@@ -27,23 +29,40 @@ _NO_MEMORY = memoryview(bytearray())
 A = TypeVar("A", bound=wire.Answer)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientSettings:
-    """`lanes`: calls at the same time. Sizes in bytes of each lane: no record larger than the window can be written,
-    no chunk larger than the area read from the log. `call_s`: for calls that say no limit of their own. `backoff_s`:
-    between attempts to connect, doubled from the first to the second.
-    """
+class ClientSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How a client speaks to a daemon. Raises `InvalidInput`, naming the field and its limits."""
 
     role: str = wire.ENGINE
     token: bytes = b""
     """Empty: derived from the daemon's secret, which only its user can read."""
-    name: str = ""
     lanes: int = 2
+    """Calls at the same time."""
     window_bytes: int = 32 << 20
+    """Of each lane: the largest record that can be written."""
     area_bytes: int = 32 << 20
+    """Of each lane: the largest chunk that can be read from the log."""
     call_s: float = 2.0
+    """For calls that have no limit of their own."""
     connect_s: float = 1.0
     backoff_s: tuple[float, float] = (0.02, 2.0)
+    """Between attempts to connect, doubled from the first to the second."""
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "lanes": (1, 64),
+            "window_bytes": (PAGE_BYTES, wire.MAX_WINDOW_BYTES),
+            "area_bytes": (PAGE_BYTES, wire.MAX_WINDOW_BYTES),
+            "call_s": (0.001, 3600.0),
+            "connect_s": (0.001, 60.0),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InvalidInput(f"{name} is {value}, accepted: {low:.15g} to {high:.15g}", name)
+        if not 0.0 < self.backoff_s[0] <= self.backoff_s[1] <= 3600.0:
+            raise InvalidInput("backoff_s is two pauses, the first not longer than the second", "backoff_s")
+        if self.role not in wire.ROLES:
+            raise InvalidInput(f"role is {self.role!r}, accepted: {', '.join(wire.ROLES)}", "role")
 
 
 def inside(timeout_s: float) -> float:
@@ -96,7 +115,7 @@ class LanePool:
         def prove() -> bytes:
             return token or wire.derive_token(read_secret(path), settings.role)
 
-        greeting = Greeting(path, settings.role, prove, settings.name)
+        greeting = Greeting(path, settings.role, prove)
         self._free = [Lane(greeting, clock, settings.window_bytes, settings.area_bytes) for _ in range(settings.lanes)]
         self._changed = threading.Condition()
         self._session = b""

@@ -35,7 +35,6 @@ class Greeting:
     path: Path
     role: str
     token: Callable[[], bytes]
-    name: str
 
 
 class Lane:
@@ -95,7 +94,7 @@ class Lane:
         self, connection: Connection, session: bytes, known: Mapping | None, timeout_s: float
     ) -> tuple[wire.Welcome, Mapping]:
         greeting = self._greeting
-        hello = wire.Hello(wire.VERSION, greeting.role, greeting.token(), greeting.name, session)
+        hello = wire.Hello(wire.VERSION, greeting.role, greeting.token(), session)
         connection.send(hello, wire.HELLO_BYTES, timeout_s)
         welcome = connection.receive(self._answers, timeout_s)
         if isinstance(welcome, wire.Refused):

@@ -6,16 +6,16 @@ release or by its expiry; there are never more than `max_leases`, and none is lo
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 from isthmus.contracts.errors import InvalidInput
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Granted(Generic[T]):
+class Granted(msgspec.Struct, Generic[T], frozen=True, eq=False):
     """A lease: its pins, in the order of the keys asked for, and when it ends. `holder` is 0 within the process."""
 
     number: int
@@ -40,6 +40,11 @@ class LeaseTable(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._live)
+
+    @property
+    def soonest(self) -> float:
+        """None ends by itself before this time."""
+        return self._deadlines[0][0] if self._deadlines else float("inf")
 
     @property
     def full(self) -> bool:

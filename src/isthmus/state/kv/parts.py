@@ -1,7 +1,9 @@
 """What the parts of a store share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from isthmus.contracts.blocks import MAX_BATCH, Hint
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import InvalidInput
 from isthmus.state.kv.counting import Counts
@@ -9,6 +11,9 @@ from isthmus.state.kv.dram import Dram
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.scopes import Scopes
 from isthmus.state.kv.settings import StoreSettings
+
+MOST_HINTED = 4 * MAX_BATCH
+"""Keys in all hints of one call; those beyond it are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,18 @@ class Parts:
     def left(self, deadline: float) -> float:
         """Seconds until then; not negative."""
         return max(0.0, deadline - self.clock.monotonic())
+
+
+def capped(hints: Sequence[Hint]) -> tuple[list[Hint], int]:
+    """The hints of one call within the limits, and how many keys were dropped for that."""
+    room = MOST_HINTED
+    kept: list[Hint] = []
+    for hint in hints[:MAX_BATCH]:
+        keys = hint.keys[: min(room, MAX_BATCH)]
+        room -= len(keys)
+        if keys:
+            kept.append(Hint(hint.kind, keys, hint.seconds))
+    return kept, sum(len(hint.keys) for hint in hints) - (MOST_HINTED - room)
 
 
 def check_batch(count: int, limit: int, name: str) -> None:

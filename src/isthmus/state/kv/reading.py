@@ -6,6 +6,7 @@ overwritten while it was copied, so it is `EXPIRED` whatever the digests say.
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 from isthmus.contracts.blocks import MAX_BATCH, Outcome, Reason, Tier, Want
@@ -19,6 +20,7 @@ from isthmus.state.kv.parts import Parts, check_batch
 
 LOCAL = 0
 """The holder of leases within this process."""
+_HIT = Outcome(Reason.HIT, Tier.DRAM)
 
 Pin = Record | Location
 
@@ -65,6 +67,7 @@ class Reader:
         self._lock = threading.Lock()
         self._table: LeaseTable[Pin] = LeaseTable(max_leases=settings.max_leases, max_seconds=settings.lease_s)
         self._live: dict[int, StoreLease] = {}
+        self._soonest = float("inf")
         self.expired: Callable[[StoreLease], None] | None = None
         """Called, without a lock, for every lease that ended by itself."""
 
@@ -77,7 +80,13 @@ class Reader:
         self.expire()
         counts = self._parts.counts
         pins: list[Pin | None] = [*self._parts.dram.pin(keys)]
-        self._pin_below(keys, pins)
+        in_dram = len(pins) - pins.count(None)
+        with ExitStack() as undo:
+            undo.callback(self._unpin, pins)
+            if in_dram < len(pins):
+                self._pin_below(keys, pins)
+            undo.pop_all()
+        absent = pins.count(None)
         now = self._parts.clock.monotonic()
         with self._lock:
             full = self._table.full
@@ -86,12 +95,14 @@ class Reader:
             else:
                 lease = StoreLease(self, keys, self._table.grant(holder, pins, seconds, now))
                 self._live[lease.number] = lease
+                self._soonest = min(self._soonest, lease.deadline)
         if full:
             self._unpin(pins)
-            counts.add("lease", None, Reason.FULL)
-        for tier in (Tier.DRAM, Tier.NVME):
-            counts.add("lease", tier, Reason.HIT, lease.granted.count(tier))
-        counts.add("lease", None, Reason.ABSENT, lease.granted.count(None))
+            counts.add("lease", None, Reason.FULL, len(keys))
+            return lease
+        counts.add("lease", Tier.DRAM, Reason.HIT, in_dram)
+        counts.add("lease", Tier.NVME, Reason.HIT, len(pins) - in_dram - absent)
+        counts.add("lease", None, Reason.ABSENT, absent)
         return lease
 
     def find(self, number: int, holder: int) -> StoreLease | None:
@@ -121,8 +132,12 @@ class Reader:
 
     def expire(self) -> None:
         """End the leases whose deadline has passed."""
+        now = self._parts.clock.monotonic()
+        if now < self._soonest:
+            return
         with self._lock:
-            ended = self._table.expire(self._parts.clock.monotonic())
+            ended = self._table.expire(now)
+            self._soonest = self._table.soonest
             over = [self._live.pop(lease.number) for lease in ended]
             for lease in over:
                 lease.ended = True  # whoever reads under it has to know before what it pinned is freed
@@ -161,7 +176,7 @@ class Reader:
             return Outcome(Reason.EXPIRED)
         if isinstance(pin, Location):
             return None
-        if pin is None or want.shape != pin.shape:
+        if pin is None or (want.shape is not pin.shape and want.shape != pin.shape):
             return Outcome(Reason.ABSENT)
         dram = self._parts.dram
         if pin.state is State.VISIBLE:
@@ -169,7 +184,7 @@ class Reader:
             if self._over(lease):
                 return Outcome(Reason.EXPIRED, Tier.DRAM)
             if good and pin.state is State.VISIBLE:
-                return Outcome(Reason.HIT, Tier.DRAM)
+                return _HIT
             if not good:
                 dram.quarantine(pin)
         return Outcome(Reason.CORRUPT if pin.state is State.GONE else Reason.FORGOTTEN, Tier.DRAM)
@@ -199,9 +214,9 @@ class Reader:
     def _pin_below(self, keys: Sequence[BlockKey], pins: list[Pin | None]) -> None:
         """Pin in the log what the arena does not have."""
         log = self._parts.log
-        missing = [index for index, pin in enumerate(pins) if pin is None]
-        if log is None or not missing:
+        if log is None:
             return
+        missing = [index for index, pin in enumerate(pins) if pin is None]
         for index, location in zip(missing, log.locate([keys[index] for index in missing]), strict=True):
             if location is not None and log.pin(location):
                 pins[index] = location

@@ -24,9 +24,9 @@ from isthmus.contracts.errors import (
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv import wire
 from isthmus.state.kv.arena.arena import Record
-from isthmus.state.kv.arena.copying import digests_of
 from isthmus.state.kv.arena.memory import map_read_only, map_writable
 from isthmus.state.kv.connection import Closed, Connection, Frames, close_all
+from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.holders import Holder, Holders
 from isthmus.state.kv.settings import DaemonSettings
 from isthmus.state.kv.store import Store

@@ -41,15 +41,12 @@ from isthmus.state.kv.io.disk import Disk, open_disk
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.opening import open_log
 from isthmus.state.kv.log.records import LogStats
-from isthmus.state.kv.parts import Parts, check_batch
+from isthmus.state.kv.parts import Parts, capped, check_batch
 from isthmus.state.kv.reading import Reader, StoreLease, own_lease
 from isthmus.state.kv.scopes import Scopes
 from isthmus.state.kv.settings import StoreSettings
 from isthmus.state.kv.upkeep import Upkeep
 from isthmus.state.kv.writing import Writer
-
-MOST_HINTED = 4 * MAX_BATCH
-"""Keys in all hints of one call; those beyond it are dropped."""
 
 
 class Store:
@@ -125,14 +122,11 @@ class Store:
 
     def hint(self, hints: Sequence[Hint]) -> None:
         """See `BlockStore`."""
-        room = MOST_HINTED
-        for hint in hints[:MAX_BATCH]:
-            keys = hint.keys[:room]
-            room -= len(keys)
-            if keys:
-                self._parts.dram.hint(hint.kind, keys, hint.seconds)
-                self._attendant.hinted(hint.kind, keys, hint.seconds)
-        self._parts.counts.add("hint", None, "dropped", sum(len(hint.keys) for hint in hints) - MOST_HINTED + room)
+        kept, dropped = capped(hints)
+        for hint in kept:
+            self._parts.dram.hint(hint.kind, hint.keys, hint.seconds)
+            self._attendant.hinted(hint.kind, hint.keys, hint.seconds)
+        self._parts.counts.add("hint", None, "dropped", dropped)
 
     def flush(self, timeout_s: float) -> int:
         """See `BlockStore`."""

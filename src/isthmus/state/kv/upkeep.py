@@ -9,7 +9,7 @@ import msgspec
 from isthmus.contracts.blocks import NO_SESSION, Erasure, Lifetime, Owner, RecordKind, Tier
 from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreUnavailable
 from isthmus.state.kv.arena.arena import Record
-from isthmus.state.kv.arena.copying import digests_of
+from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.log import erasure as log_erasure
 from isthmus.state.kv.parts import Parts
 from isthmus.state.kv.scopes import Scope

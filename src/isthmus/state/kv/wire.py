@@ -77,7 +77,6 @@ class Hello(msgspec.Struct, frozen=True):
     version: int
     role: Text = ENGINE
     token: bytes = b""
-    name: Text = ""
     session: bytes = b""
 
 

@@ -54,12 +54,6 @@ def copy_verified(source: memoryview, target: memoryview, chunk_bytes: int, dige
     return copy_digests(source, target, chunk_bytes) == digests
 
 
-def digests_of(view: memoryview, chunk_bytes: int) -> bytes:
-    """The digests of the chunks of `view`, one after the other."""
-    digest = xxhash.xxh3_128_digest
-    return b"".join([digest(view[at : at + chunk_bytes]) for at in range(0, len(view), chunk_bytes)])
-
-
 def digests_slice(digests: bytes, first: int, count: int) -> bytes:
     """Those of `count` chunks from `first` on."""
     return digests[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]

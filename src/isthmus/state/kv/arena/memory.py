@@ -93,9 +93,11 @@ def _map(descriptor: int, size: int, protection: int) -> memoryview:
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         actual = os.fstat(descriptor).st_size
+        # Pages from a pool that may run dry (hugetlbfs) would end whoever touches them.
+        ordinary = os.fstatvfs(descriptor).f_bsize == mmap.PAGESIZE
     except OSError as error:
         raise WireViolation(f"the descriptor received is no sealed memory: {error.strerror}") from error
-    if seals & SIZE_SEALS != SIZE_SEALS or actual != size:
+    if seals & SIZE_SEALS != SIZE_SEALS or actual != size or not ordinary:
         raise WireViolation(
             f"the memory received has {actual} bytes and seals {seals:#x}, expected {size} bytes sealed"
         )
