@@ -1,0 +1,65 @@
+"""Copies whose copy is what gets hashed: xxh3-128 of each layer chunk, read back from where the bytes were put.
+
+A piece is hashed right after it was copied, while it is in the processor's cache, so that the digests cost little
+beside the copy. Large copies and digests let other threads run meanwhile.
+"""
+
+import numpy as np
+import xxhash
+
+from isthmus.contracts.blocks import DIGEST_BYTES
+
+PIECE_BYTES = 256 << 10
+_QUICK_BYTES = 64 << 10
+"""Up to here a slice assignment is quicker than giving up the interpreter for the time of the copy."""
+
+
+def flat(buffer: memoryview) -> memoryview:
+    """A contiguous buffer as one row of bytes, without a copy."""
+    return buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
+
+
+def copy(source: memoryview, target: memoryview) -> None:
+    """Copy bytes; as many in both."""
+    if len(source) <= _QUICK_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
+    """Copy whole chunks of `chunk_bytes`; the digests of what lies in `target` afterwards, one after the other."""
+    size = len(source)
+    digest = xxhash.xxh3_128_digest
+    found: list[bytes] = []
+    if chunk_bytes <= PIECE_BYTES:
+        group = PIECE_BYTES // chunk_bytes * chunk_bytes
+        for start in range(0, size, group):
+            end = min(start + group, size)
+            copy(source[start:end], target[start:end])
+            found += [digest(target[at : at + chunk_bytes]) for at in range(start, end, chunk_bytes)]
+        return b"".join(found)
+    for first in range(0, size, chunk_bytes):
+        hasher = xxhash.xxh3_128()
+        for start in range(first, first + chunk_bytes, PIECE_BYTES):
+            end = min(start + PIECE_BYTES, first + chunk_bytes)
+            copy(source[start:end], target[start:end])
+            hasher.update(target[start:end])
+        found.append(hasher.digest())
+    return b"".join(found)
+
+
+def copy_verified(source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes) -> bool:
+    """Copy whole chunks; whether the copy has these digests. If not, what lies in `target` means nothing."""
+    return copy_digests(source, target, chunk_bytes) == digests
+
+
+def digests_of(view: memoryview, chunk_bytes: int) -> bytes:
+    """The digests of the chunks of `view`, one after the other."""
+    digest = xxhash.xxh3_128_digest
+    return b"".join([digest(view[at : at + chunk_bytes]) for at in range(0, len(view), chunk_bytes)])
+
+
+def digests_slice(digests: bytes, first: int, count: int) -> bytes:
+    """Those of `count` chunks from `first` on."""
+    return digests[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]

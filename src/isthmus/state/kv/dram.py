@@ -1,0 +1,220 @@
+"""The DRAM tier: the arena, and retention that says which of its records leave it. Safe from several threads.
+
+Promises: a record that somebody reads or fills is never evicted; one whose bytes are on their way to the log is evicted
+only when nothing else would do; a tenant over its quota pays for its own records; a search for room ends (what it
+looks at is bounded). The lock is held for bookkeeping only, never for a copy, a digest or a wait.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from isthmus.contracts.blocks import HintKind, Lifetime, Owner, Reason, Shape, Tier, TierStats
+from isthmus.contracts.clock import Clock
+from isthmus.contracts.keys import BlockKey
+from isthmus.state.kv.arena.arena import Arena, Record, State, pages_of
+from isthmus.state.kv.arena.extents import PAGE_BYTES
+from isthmus.state.kv.counting import Counts
+from isthmus.state.kv.retention.policies import make
+from isthmus.state.kv.retention.port import Entry, Retention
+from isthmus.state.kv.retention.quotas import Quotas
+from isthmus.state.kv.scopes import Scope, Scopes
+from isthmus.state.kv.settings import StoreSettings
+
+_ROUNDS = 4
+_NEIGHBOURS = 4096
+"""Extents looked at for room in one piece, when there is enough of it in several."""
+
+
+class Dram:
+    """The records in the arena. `durable` says up to which sequence number the log is durable."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        settings: StoreSettings,
+        clock: Clock,
+        *,
+        scopes: Scopes,
+        counts: Counts,
+        durable: Callable[[], int],
+    ) -> None:
+        self.arena = arena
+        self._clock = clock
+        self._scopes = scopes
+        self._counts = counts
+        self._durable = durable
+        self._quotas = Quotas(settings.tenant_bytes or None)
+        self._retention: Retention[BlockKey] = make(settings.policy, arena.capacity, self._quotas)
+        self._lock = threading.Lock()
+
+    def begin(
+        self, key: BlockKey, parent: BlockKey | None, owner: Owner, shape: Shape, lifetime: Lifetime
+    ) -> Record | Reason:
+        """Room for a record, evicting what must go for it; pinned and not visible. Else why there is none."""
+        size = pages_of(shape.record_bytes) * PAGE_BYTES
+        now = self._clock.monotonic()
+        with self._lock:
+            if self._scopes.refuses(owner):
+                return Reason.FORGOTTEN
+            if self.arena.holds(key):
+                self._retention.touch((key,), now)
+                return Reason.PRESENT
+            if size > self.arena.largest:
+                return Reason.TOO_LARGE
+            tenant = owner.namespace_id
+            excess = self._quotas.excess(tenant, self._retention.used(tenant), size)
+            if excess and not self._make_way(excess, now, tenant):
+                return Reason.QUOTA
+            record = self.arena.begin(key, parent, owner, shape, lifetime)
+            for _ in range(_ROUNDS):
+                if record is not None:
+                    break
+                short = size - (self.arena.capacity - self.arena.used)
+                if short > 0 and not self._make_way(short, now):
+                    return Reason.FULL
+                record = self.arena.begin(key, parent, owner, shape, lifetime)
+                if record is None and not self._make_room_in_one_piece(size, now):
+                    return Reason.FULL
+            if record is None:
+                return Reason.FULL
+            self._retention.insert(Entry(key, parent, size, tenant, lifetime), now)
+            return record
+
+    def publish(self, record: Record) -> bool:
+        """The record is complete: visible, unless it was forgotten meanwhile. It stays pinned either way."""
+        with self._lock:
+            if record.state is not State.WRITING or self._scopes.refuses(record.owner):
+                self._remove(record)
+                return False
+            self.arena.publish(record)
+            return True
+
+    def give_up(self, record: Record) -> None:
+        """The record that began will not be complete."""
+        with self._lock:
+            self._remove(record)
+            self.arena.unpin(record)
+
+    def where(self, keys: Sequence[BlockKey]) -> list[Record | None]:
+        """The visible records of these keys. Nothing keeps them here."""
+        with self._lock:
+            return [self.arena.find(key) for key in keys]
+
+    def pin(self, keys: Sequence[BlockKey], *, use: bool = True) -> list[Record | None]:
+        """The visible records of these keys, pinned. With `use` they count as used."""
+        with self._lock:
+            found = [self.arena.find(key) for key in keys]
+            for record in found:
+                if record is not None:
+                    self.arena.pin(record)
+            if use:
+                self._retention.touch(keys, self._clock.monotonic())
+            return found
+
+    def unpin(self, records: Sequence[Record]) -> None:
+        """Undo `pin`, or the pin of a record that began."""
+        if records:
+            with self._lock:
+                for record in records:
+                    self.arena.unpin(record)
+
+    def quarantine(self, record: Record) -> None:
+        """Its bytes are not what was written: nobody finds it any more, and its memory is not used again."""
+        with self._lock:
+            if record.state is State.VISIBLE:
+                self._retention.remove(record.key)
+                self.arena.quarantine(record)
+                self._counts.add("quarantine", Tier.DRAM, Reason.CORRUPT)
+        if record.state is State.GONE:
+            self.arena.erase_bytes(record)
+
+    def hint(self, kind: HintKind, keys: Sequence[BlockKey], seconds: float) -> None:
+        """What is known of the future of some records."""
+        with self._lock:
+            self._retention.hint(keys, kind, seconds, self._clock.monotonic())
+
+    def evict(self, size: int) -> int:
+        """Evict records of at least `size` bytes, if there are so many that may go; how many bytes went."""
+        with self._lock:
+            before = self.arena.used
+            self._make_way(size, self._clock.monotonic())
+            return before - self.arena.used
+
+    def take_out(self, scope: Scope) -> list[Record]:
+        """Everything of the scope, pinned: nobody finds it any more, and its bytes are to be erased."""
+        with self._lock:
+            found = [record for record in self.arena if scope.covers(record.owner)]
+            for record in found:
+                self.arena.pin(record)
+                self._remove(record)
+            return found
+
+    def wipe_free(self) -> None:
+        """Zero all memory that is free: what was evicted before it was forgotten is not left lying there."""
+        page = 0
+        while True:
+            with self._lock:
+                taken = self.arena.take_free(page)
+            if taken is None:
+                return
+            page, pages = taken
+            self.arena.wipe(page, pages)
+            with self._lock:
+                self.arena.give_free(page)
+            page += pages
+
+    def records(self) -> list[Record]:
+        """All visible records now."""
+        with self._lock:
+            return list(self.arena)
+
+    def stats(self) -> TierStats:
+        """Sizes now."""
+        with self._lock:
+            return TierStats(Tier.DRAM, self.arena.capacity, self.arena.used, len(self.arena))
+
+    def check(self) -> None:
+        """Raise `ArenaCorrupt` unless the conservation law holds. For tests: it costs as much as there is."""
+        with self._lock:
+            self.arena.check()
+
+    def _remove(self, record: Record) -> None:
+        if record.state in (State.WRITING, State.VISIBLE):
+            self._retention.remove(record.key)
+            self.arena.remove(record)
+
+    def _make_way(self, size: int, now: float, tenant: bytes | None = None) -> bool:
+        """Evict `size` bytes (of one tenant); whether there was so much that may go. Only then is anything evicted."""
+        durable = self._durable()
+        victims = self._victims(size, now, tenant, lambda record: record.sequence > durable)
+        if victims is None:
+            victims = self._victims(size, now, tenant, lambda _: False)
+        if victims is None:
+            return False
+        self._evict(victims, "evicted")
+        return True
+
+    def _victims(
+        self, size: int, now: float, tenant: bytes | None, spare: Callable[[Record], bool]
+    ) -> list[Record] | None:
+        """Records of at least `size` bytes that retention gives up, none pinned and none to `spare`; None: too few."""
+
+        def held(key: BlockKey) -> bool:
+            record = self.arena.find(key)
+            return record is None or record.pins > 0 or spare(record)
+
+        found = [self.arena.find(key) for key in self._retention.victims(size, now, held, tenant)]
+        records = [record for record in found if record is not None]
+        return records if sum(record.page_bytes for record in records) >= size else None
+
+    def _make_room_in_one_piece(self, size: int, now: float) -> bool:
+        """There is room enough, but scattered: evict neighbours of what would go first until it is in one piece."""
+        first = self._victims(1, now, None, lambda _: False)
+        around = self.arena.around(first[0], size, _NEIGHBOURS) if first else []
+        self._evict(around, "moved_over")
+        return bool(around)
+
+    def _evict(self, records: Sequence[Record], why: str) -> None:
+        for record in records:
+            self._remove(record)
+        self._counts.add("evict", Tier.DRAM, why, len(records))

@@ -1,0 +1,267 @@
+"""Transfers through io_uring: one ring a channel, the file and the channel's buffers registered with it.
+
+Promises
+
+- completions cannot overflow: every transfer has one entry under way at most, and the kernel's completion queue has
+  room for twice the ring's depth;
+- what the kernel may still write to is never freed: a transfer's memory is referenced here until its completion has
+  been taken in. A channel that is closed and cannot have it within its bound, or that is dropped unclosed, gives its
+  ring and that memory up for good: they stay until the process ends, are counted in `lost`, and keep the disk's lock.
+
+A ring belongs to the thread that used it first, which the kernel rewards with fewer interruptions. A channel handed to
+another thread makes a new ring once, of the kind that any thread may use.
+"""
+
+import ctypes
+import errno
+import threading
+from collections.abc import Callable, Sequence
+
+from isthmus.contracts.errors import DiskFailed, InvalidInput, StoreUnavailable
+from isthmus.state.kv.io import uring
+from isthmus.state.kv.io.buffers import MAX_BUFFER_BYTES, AlignedBuffers
+from isthmus.state.kv.io.transfers import (
+    MAX_PIECE,
+    Completion,
+    Flight,
+    Target,
+    Transfer,
+    admit,
+    bounded,
+    past_the_end,
+    progress,
+)
+from isthmus.state.kv.io.uring import Ring
+
+_FIXED = (uring.READ_FIXED, uring.WRITE_FIXED)
+_PLAIN = (uring.READ, uring.WRITE)
+_PAUSE_S = 0.001
+_PEEK_S = 0.005
+
+
+class RingChannel:
+    """A `Channel` over io_uring. Made by a disk; `note` is told what it has to go without."""
+
+    def __init__(self, target: Target, depth: int, buffers: AlignedBuffers | None, note: Callable[[str], None]) -> None:
+        """Raises `DiskFailed` when no ring is to be had."""
+        self._target = target
+        self._depth = depth
+        self._buffers = buffers
+        self._note = note
+        self._flights: list[Flight | None] = [None] * depth
+        self._slots = list(range(depth - 1, -1, -1))
+        self._ready: list[Completion] = []
+        self._region_bytes = 0
+        self._lost = 0
+        self._closed = False
+        self._thread = 0
+        self._ring = self._made(owned=True)
+
+    @property
+    def depth(self) -> int:
+        """See `Channel`."""
+        return self._depth
+
+    @property
+    def in_flight(self) -> int:
+        """See `Channel`."""
+        return self._depth - len(self._slots) + len(self._ready)
+
+    @property
+    def lost(self) -> int:
+        """See `Channel`."""
+        return self._lost
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, and has returned or will."""
+        return self._closed
+
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        """See `Channel`."""
+        if self._closed:
+            raise StoreUnavailable("the channel is closed")
+        flights = admit(transfers, self._depth - self.in_flight)
+        self._come_home()
+        buffers, capacity = self._buffers, self._target.capacity
+        for flight in flights:
+            if error := past_the_end(flight, capacity):
+                self._ready.append(Completion(flight.tag, error))
+                continue
+            if buffers is not None:
+                flight.buffer = buffers.index_of(flight.address, flight.left)
+                if flight.buffer >= 0:
+                    buffers.hold((flight.buffer,))
+            slot = self._slots.pop()
+            self._flights[slot] = flight
+            self._push(slot, flight)
+        if self._ring.queued:
+            try:
+                self._ring.hand_over()
+            except OSError as error:
+                self._refused(error)
+
+    def wait(self, least: int, timeout_s: float) -> list[Completion]:
+        """See `Channel`."""
+        timeout_s = bounded(timeout_s)
+        if self._closed:
+            raise StoreUnavailable("the channel is closed")
+        if len(self._slots) < self._depth:
+            self._come_home()
+            self._collect(min(least, self.in_flight), timeout_s)
+        done, self._ready = self._ready, []
+        return done
+
+    def close(self) -> None:
+        """See `Channel`."""
+        if self._closed:
+            return
+        self._closed = True
+        for slot in self._ring.withdraw():
+            self._land(slot, errno.ECANCELED)
+        deadline = self._target.calls.monotonic() + self._target.close_s
+        try:
+            if not self._ring.owned or self._thread == threading.get_native_id():
+                self._collect(self.in_flight, self._target.close_s, going_on=False)
+            else:
+                self._peek(deadline)
+        except DiskFailed:
+            self._peek(deadline)
+        self._ready.clear()
+        self._lost = self._depth - len(self._slots)
+        if self._lost:
+            _keep_for_ever((self._ring, self._flights, self._buffers))
+        else:
+            self._ring.close()
+
+    def __del__(self) -> None:
+        """Dropped unclosed: the memory of transfers in flight stays."""
+        ring = getattr(self, "_ring", None)
+        if ring is None or self._closed:
+            return
+        if len(self._slots) < self._depth:
+            _keep_for_ever((ring, self._flights, self._buffers))
+        else:
+            ring.close()
+
+    # The ring
+
+    def _made(self, owned: bool) -> Ring:
+        try:
+            ring = Ring(self._target.calls, self._target.fd, self._depth, owned)
+        except OSError as error:
+            raise DiskFailed("io_uring_setup", error.errno or errno.EIO) from error
+        self._region_bytes = 0 if self._buffers is None else self._registered(ring, self._buffers)
+        return ring
+
+    def _registered(self, ring: Ring, buffers: AlignedBuffers) -> int:
+        """Bytes of a region; 0 when the kernel does not take them."""
+        # A region has at most 1 GiB: cut between buffers, so that none lies in two.
+        step = MAX_BUFFER_BYTES // buffers.size * buffers.size
+        end = buffers.address + buffers.size * buffers.count
+        try:
+            ring.register([(begin, min(step, end - begin)) for begin in range(buffers.address, end, step)])
+        except OSError as error:
+            limit = " within the limit of locked memory" if error.errno == errno.ENOMEM else ""
+            self._note(f"buffers not registered: {error.strerror}{limit}")
+            return 0
+        return step
+
+    def _come_home(self) -> None:
+        """Have a ring that the calling thread may use."""
+        here = threading.get_native_id() if self._ring.owned else self._thread
+        if self._thread == here:
+            return
+        if self._thread:
+            if len(self._slots) < self._depth:
+                raise InvalidInput(
+                    "with transfers in flight a channel stays with the thread that began them", "channel"
+                )
+            ring = self._made(owned=False)
+            self._ring.close()
+            self._ring = ring
+        else:
+            try:
+                self._ring.enable()
+            except OSError as error:
+                raise DiskFailed("io_uring_register", error.errno or errno.EIO) from error
+        self._thread = here
+
+    def _push(self, slot: int, flight: Flight) -> None:
+        opcodes, region = _PLAIN, 0
+        if self._region_bytes and self._buffers is not None and flight.buffer >= 0:
+            opcodes, region = _FIXED, (flight.address - self._buffers.address) // self._region_bytes
+        length = min(flight.left, MAX_PIECE)
+        self._ring.push(opcodes[flight.op], flight.offset, flight.address, length, user_data=slot, region=region)
+
+    def _collect(self, least: int, timeout_s: float, going_on: bool = True) -> None:
+        """Take in completions until `least` are ready or the time is over; continue short transfers if `going_on`."""
+        ring, calls = self._ring, self._target.calls
+        deadline = calls.monotonic() + timeout_s
+        entered = False
+        while True:
+            for slot, result in ring.reap():
+                self._taken(slot, result, going_on)
+            missing = least - len(self._ready)
+            if not ring.queued and missing <= 0 and (entered or self._ready):
+                return
+            left = deadline - calls.monotonic()
+            if entered and left <= 0:
+                return
+            entered = True
+            try:
+                ring.enter(max(0, missing), max(0.0, left))
+            except OSError as error:
+                self._refused(error, max(0.0, left), waiting=True)
+
+    def _taken(self, slot: int, result: int, going_on: bool) -> None:
+        flight = self._flights[slot]
+        if flight is None:
+            return
+        error = progress(flight, result)
+        if error is None and going_on:
+            self._push(slot, flight)
+        else:
+            self._land(slot, errno.ECANCELED if error is None else error)
+
+    def _land(self, slot: int, error: int) -> None:
+        """A transfer is over, as far as the kernel goes: its memory is the caller's again."""
+        flight = self._flights[slot]
+        if flight is None:
+            return
+        self._ready.append(Completion(flight.tag, error))
+        self._flights[slot] = None
+        self._slots.append(slot)
+        if self._buffers is not None and flight.buffer >= 0:
+            self._buffers.let_go((flight.buffer,))
+
+    def _refused(self, error: OSError, left: float = 0.0, waiting: bool = False) -> None:
+        """io_uring_enter failed. What the kernel did not take fails with that error, unless it may be tried again."""
+        number = error.errno or errno.EIO
+        if number in (errno.EINTR, errno.ETIME):
+            return
+        if number in (errno.EAGAIN, errno.EBUSY):
+            if waiting:
+                self._target.calls.pause(min(_PAUSE_S, left))
+            return
+        stranded = self._ring.withdraw()
+        for slot in stranded:
+            self._land(slot, number)
+        if waiting and not stranded:
+            raise DiskFailed("io_uring_enter", number) from error
+
+    def _peek(self, deadline: float) -> None:
+        """Wait for completions that only another thread can have the kernel deliver, or that has ended."""
+        calls = self._target.calls
+        while True:
+            for slot, result in self._ring.reap():
+                self._taken(slot, result, going_on=False)
+            left = deadline - calls.monotonic()
+            if len(self._slots) == self._depth or left <= 0:
+                return
+            calls.pause(min(_PEEK_S, left))
+
+
+def _keep_for_ever(things: object) -> None:
+    """Never free them, nor anything that they refer to: one reference more than there are referrers."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(things))
