@@ -1,4 +1,4 @@
-"""What the disk under a folder and this machine's memory can do: `python -m isthmus.bench.disk_limits FOLDER` writes one
+"""What the disk under a folder and this machine can do: `python -m isthmus.bench.disk_limits FOLDER` writes one
 JSON object.
 
 Transfers at random places of a file that has been written before, through the store's own channels, by both backends:
@@ -68,7 +68,7 @@ def disk_rates(folder: Path, seconds: float = SECONDS, file_bytes: int = FILE_BY
 
 
 def copy_rates(seconds: float = SECONDS) -> Iterator[CopyRate]:
-    """memcpy between two areas that are resident already."""
+    """Copying between two areas that are resident already."""
     buffers = AlignedBuffers(2, COPY_BYTES)
     source, target = buffers.take(), buffers.take()
     if source is None or target is None:

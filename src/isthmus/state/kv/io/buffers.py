@@ -15,7 +15,7 @@ import numpy as np
 
 from isthmus.contracts.errors import DiskFailed, InvalidInput
 from isthmus.state.kv.io.calls import Calls
-from isthmus.state.kv.io.transfers import SECTOR, address_of
+from isthmus.state.kv.io.transfers import SECTOR, Flight, address_of
 
 MAX_BUFFERS = 65_536
 MAX_BUFFER_BYTES = 1 << 30
@@ -44,7 +44,8 @@ class AlignedBuffers:
         self._region = whole[start : start + self._total]
         whole.release()
         self._address = address_of(self._region)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._free = list(range(count - 1, -1, -1))
         self._taken: dict[int, tuple[memoryview, int]] = {}
         self._in_flight = [0] * count
@@ -77,7 +78,7 @@ class AlignedBuffers:
 
     def take(self, timeout_s: float = 0.0) -> memoryview | None:
         """A buffer, the one used last for its warmth; None when none is free within `timeout_s`."""
-        with self._changed:
+        with self._lock:
             if not self._free and not (timeout_s > 0 and self._changed.wait_for(lambda: self._free, timeout_s)):
                 return None
             index = self._free.pop()
@@ -89,7 +90,7 @@ class AlignedBuffers:
         """Give back what `take` returned: that very view, which cannot be used any more. Slices of it must not be used
         either. Raises `InvalidInput` for anything else, and when it was given back before.
         """
-        with self._changed:
+        with self._lock:
             view, index = self._taken.get(id(buffer), (None, -1))
             if view is None:
                 raise InvalidInput("not a buffer that was taken from here", "buffer")
@@ -103,35 +104,32 @@ class AlignedBuffers:
         with suppress(BufferError):
             buffer.release()
 
-    def index_of(self, address: int, length: int) -> int:
-        """Which buffer holds all of this memory; -1: none."""
-        begin = address - self._address
-        if begin < 0 or begin + length > self._total:
-            return -1
-        index = begin // self._size
-        return index if begin + length <= (index + 1) * self._size else -1
-
-    def hold(self, indexes: Iterable[int]) -> None:
-        """For channels: a transfer in each of these begins (-1 is passed over)."""
-        with self._changed:
-            for index in indexes:
-                if index >= 0:
+    def hold(self, flights: Iterable[Flight]) -> None:
+        """For channels: these begin. Each is told which buffer it lies in."""
+        with self._lock:
+            for flight in flights:
+                begin = flight.address - self._address
+                index = begin // self._size
+                if 0 <= index < self._count and begin + flight.left <= (index + 1) * self._size:
+                    flight.buffer = index
                     self._in_flight[index] += 1
 
-    def let_go(self, indexes: Iterable[int]) -> None:
-        """For channels: a transfer in each of these has ended (-1 is passed over)."""
-        with self._changed:
-            for index in indexes:
-                if index >= 0:
-                    self._in_flight[index] -= 1
-                    if not self._in_flight[index] and index in self._aside:
-                        self._aside.remove(index)
-                        self._free.append(index)
-                        self._changed.notify()
+    def let_go(self, flights: Iterable[Flight]) -> None:
+        """For channels: these have ended, as far as the kernel goes."""
+        with self._lock:
+            for flight in flights:
+                index = flight.buffer
+                if index < 0:
+                    continue
+                self._in_flight[index] -= 1
+                if not self._in_flight[index] and index in self._aside:
+                    self._aside.remove(index)
+                    self._free.append(index)
+                    self._changed.notify()
 
     def close(self) -> None:
         """Return the memory to the system, or leave that to the last thing that refers to it. May be called twice."""
-        with self._changed:
+        with self._lock:
             self._free.clear()
             self._region.release()
         with suppress(BufferError):

@@ -9,7 +9,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,18 +69,17 @@ def opened(calls: Calls, path: Path, capacity: int | None, create: bool) -> Open
         if found is None:
             continue
         fd, device = found.fd, stat.S_ISBLK(found.status.st_mode)
-        try:
+        with ExitStack() as undo:
+            undo.callback(_close, calls, fd)
             _lock(calls, fd, path)
             # The size may have changed until it was locked; and its maker may have found no room and removed it.
             with failing("fstat"):
                 found = _Found(fd, calls.fstat(fd), found.made)
             if found.status.st_nlink or device:
                 size = _device_bytes(calls, path, fd, capacity) if device else _file_bytes(calls, path, found, capacity)
-                return Opened(fd, size, device, _direct(calls, fd))
-        except BaseException:
-            _close(calls, fd)
-            raise
-        _close(calls, fd)
+                note = _direct(calls, fd)
+                undo.pop_all()
+                return Opened(fd, size, device, note)
     raise StoreLocked(f"{path} is being made and removed by another process")
 
 
@@ -198,20 +197,23 @@ def _reserve(calls: Calls, path: Path, fd: int, capacity: int) -> None:
 def _fill_new(calls: Calls, path: Path, found: _Found, capacity: int) -> None:
     """Give an empty file its room, then its size; or leave none (an empty one, if it was there before)."""
     fd = found.fd
-    try:
+    with ExitStack() as undo:
+        undo.callback(_empty, calls, path, found)
         _reserve(calls, path, fd, capacity)
         with failing("ftruncate"):
             calls.ftruncate(fd, capacity)
         with failing("fsync"):
             calls.fsync(fd)
             _sync_folder(calls, path.parent)
-    except BaseException:
+        undo.pop_all()
+
+
+def _empty(calls: Calls, path: Path, found: _Found) -> None:
+    with suppress(OSError):
+        calls.ftruncate(found.fd, 0)
+    if found.made:
         with suppress(OSError):
-            calls.ftruncate(fd, 0)
-        if found.made:
-            with suppress(OSError):
-                calls.unlink(path)
-        raise
+            calls.unlink(path)
 
 
 def _sync_folder(calls: Calls, folder: Path) -> None:

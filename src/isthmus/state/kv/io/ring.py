@@ -51,6 +51,7 @@ class RingChannel:
         self._flights: list[Flight | None] = [None] * depth
         self._slots = list(range(depth - 1, -1, -1))
         self._ready: list[Completion] = []
+        self._landed: list[Flight] = []
         self._region_bytes = 0
         self._lost = 0
         self._closed = False
@@ -83,15 +84,12 @@ class RingChannel:
             raise StoreUnavailable("the channel is closed")
         flights = admit(transfers, self._depth - self.in_flight)
         self._come_home()
-        buffers, capacity = self._buffers, self._target.capacity
+        if self._buffers is not None:
+            self._buffers.hold(flights)
         for flight in flights:
-            if error := past_the_end(flight, capacity):
-                self._ready.append(Completion(flight.tag, error))
+            if error := past_the_end(flight, self._target.capacity):
+                self._end(flight, error)
                 continue
-            if buffers is not None:
-                flight.buffer = buffers.index_of(flight.address, flight.left)
-                if flight.buffer >= 0:
-                    buffers.hold((flight.buffer,))
             slot = self._slots.pop()
             self._flights[slot] = flight
             self._push(slot, flight)
@@ -110,6 +108,7 @@ class RingChannel:
             self._come_home()
             self._collect(min(least, self.in_flight), timeout_s)
         done, self._ready = self._ready, []
+        self._let_go()
         return done
 
     def close(self) -> None:
@@ -128,6 +127,7 @@ class RingChannel:
         except DiskFailed:
             self._peek(deadline)
         self._ready.clear()
+        self._let_go()
         self._lost = self._depth - len(self._slots)
         if self._lost:
             _keep_for_ever((self._ring, self._flights, self._buffers))
@@ -189,7 +189,7 @@ class RingChannel:
 
     def _push(self, slot: int, flight: Flight) -> None:
         opcodes, region = _PLAIN, 0
-        if self._region_bytes and self._buffers is not None and flight.buffer >= 0:
+        if self._region_bytes and flight.buffer >= 0 and self._buffers is not None:
             opcodes, region = _FIXED, (flight.address - self._buffers.address) // self._region_bytes
         length = min(flight.left, MAX_PIECE)
         self._ring.push(opcodes[flight.op], flight.offset, flight.address, length, user_data=slot, region=region)
@@ -229,11 +229,18 @@ class RingChannel:
         flight = self._flights[slot]
         if flight is None:
             return
-        self._ready.append(Completion(flight.tag, error))
+        self._end(flight, error)
         self._flights[slot] = None
         self._slots.append(slot)
-        if self._buffers is not None and flight.buffer >= 0:
-            self._buffers.let_go((flight.buffer,))
+
+    def _end(self, flight: Flight, error: int) -> None:
+        self._ready.append(Completion(flight.tag, error))
+        self._landed.append(flight)
+
+    def _let_go(self) -> None:
+        landed, self._landed = self._landed, []
+        if self._buffers is not None and landed:
+            self._buffers.let_go(landed)
 
     def _refused(self, error: OSError, left: float = 0.0, waiting: bool = False) -> None:
         """io_uring_enter failed. What the kernel did not take fails with that error, unless it may be tried again."""

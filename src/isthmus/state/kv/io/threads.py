@@ -77,14 +77,12 @@ class ThreadChannel:
             raise StoreUnavailable("the channel is closed")
         flights = admit(transfers, self._depth - self.in_flight)
         self._have_threads(self._under_way + len(flights))
-        buffers, capacity = self._buffers, self._target.capacity
+        if self._buffers is not None:
+            self._buffers.hold(flights)
         for flight in flights:
-            if error := past_the_end(flight, capacity):
-                self._ready.append(Completion(flight.tag, error))
+            if error := past_the_end(flight, self._target.capacity):
+                self._end(flight, error)
                 continue
-            if buffers is not None:
-                flight.buffer = buffers.index_of(flight.address, flight.left)
-                buffers.hold((flight.buffer,))
             self._under_way += 1
             self._jobs.put(flight)
 
@@ -125,7 +123,8 @@ class ThreadChannel:
         deadline = calls.monotonic() + timeout_s
         while True:
             while self._under_way and (ended := _taken(self._done)) is not None:
-                self._land(*ended)
+                self._under_way -= 1
+                self._end(*ended)
             left = deadline - calls.monotonic()
             if len(self._ready) >= least or left <= 0:
                 return
@@ -133,13 +132,13 @@ class ThreadChannel:
                 flight, error = self._done.get(timeout=left)
             except queue.Empty:
                 return
-            self._land(flight, error)
+            self._under_way -= 1
+            self._end(flight, error)
 
-    def _land(self, flight: Flight, error: int) -> None:
-        self._under_way -= 1
+    def _end(self, flight: Flight, error: int) -> None:
         self._ready.append(Completion(flight.tag, error))
         if self._buffers is not None:
-            self._buffers.let_go((flight.buffer,))
+            self._buffers.let_go((flight,))
 
     def _have_threads(self, wanted: int) -> None:
         while len(self._threads) < min(wanted, self._depth, MAX_WORKERS):
@@ -171,7 +170,10 @@ def _work(target: Target, jobs: _Jobs, done: _Done, stopped: threading.Event) ->
             continue
         if flight is None:
             return
-        done.put((flight, _carried(target, flight, stopped)))
+        error = _carried(target, flight, stopped)
+        # Before anybody hears of the end: an idle thread must not keep the memory.
+        flight.held.release()
+        done.put((flight, error))
 
 
 def _carried(target: Target, flight: Flight, stopped: threading.Event) -> int:

@@ -36,6 +36,7 @@ _PARAMS = struct.Struct("<10I8IQ8IQ")
 _ENTRY = struct.Struct("<BBHiQQIIQHHIQQ")
 _COMPLETION = struct.Struct("<QiI")
 _USER_DATA_AT = 32
+_ARGUMENT_BYTES = ctypes.c_ulong(24)
 _WRAP = 0xFFFFFFFF
 
 
@@ -52,7 +53,7 @@ class Ring:
         place = ctypes.addressof((ctypes.c_char * len(self._time)).from_buffer(self._time))
         # struct __kernel_timespec, then struct io_uring_getevents_arg, which points to it.
         struct.pack_into("<qqQIIQ", self._time, 0, 0, 0, 0, 0, 0, place)
-        self._argument = place + 16
+        self._argument = ctypes.c_ulong(place + 16)
         self.fd, self.owned, params = _set_up(calls, entries, owned)
         self.entries = params[0]
         self._registered = False
@@ -115,7 +116,9 @@ class Ring:
         self._words[self._tail_at] = self._tail
         struct.pack_into("<qq", self._time, 0, int(timeout_s), int(timeout_s % 1 * 1e9))
         flags = _ENTER_GETEVENTS | _ENTER_EXT_ARG
-        self._calls.uring_enter(self.fd, self.queued, least, flags=flags, argument=self._argument, length=24)
+        self._calls.uring_enter(
+            self.fd, self.queued, least, flags=flags, argument=self._argument, length=_ARGUMENT_BYTES
+        )
 
     def hand_over(self) -> None:
         """Hand what is queued to the kernel without waiting. Raises `OSError`, as `enter` does."""
