@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from isthmus.contracts.blocks import (
-    NO_SESSION,
     BlockStore,
     Lease,
     Lifetime,
@@ -19,9 +20,13 @@ from isthmus.contracts.blocks import (
     Shape,
     Want,
 )
-from isthmus.contracts.clock import ManualClock, SystemEntropy
+from isthmus.contracts.clock import Clock, SystemClock, SystemEntropy
 from isthmus.contracts.keys import BlockKey
-from isthmus.state.kv.settings import StoreSettings
+from isthmus.state.kv.client import RemoteStore, open_client
+from isthmus.state.kv.daemon import Daemon
+from isthmus.state.kv.lanepool import ClientSettings
+from isthmus.state.kv.log.settings import LogSettings
+from isthmus.state.kv.settings import DaemonSettings, StoreSettings
 from isthmus.state.kv.store import Store, open_store
 
 OWNER = Owner(b"tenant-one-00000")
@@ -82,13 +87,26 @@ def holds(store: BlockStore, name: object, shape: Shape = SHAPE) -> bool:
     return outcome.reason is Reason.HIT
 
 
+class ShiftedClock(SystemClock):
+    """The machine's clock, put forward when told to: the log's threads need time to pass."""
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.shift
+
+    def advance(self, seconds: float) -> None:
+        self.shift += seconds
+
+
 @dataclass
 class Opened:
     """A store under test, the library's object behind it, and its clock."""
 
     store: BlockStore
     inner: Store
-    clock: ManualClock
+    clock: ShiftedClock
     has_log: bool = False
 
     def flip(self, name: object, at: int = 0) -> None:
@@ -101,16 +119,76 @@ class Opened:
 Opener = Callable[[Path, StoreSettings], AbstractContextManager[Opened]]
 
 
+LOG = LogSettings(
+    capacity=24 << 20,
+    segment_bytes=1 << 20,
+    erasure_bytes=64 << 10,
+    extent_bytes=128 << 10,
+    staging_bytes=4 << 20,
+    linger_s=0.001,
+    commit_s=0.05,
+    read_bytes=256 << 10,
+    read_depth=4,
+)
+
+
+def with_log(folder: Path, settings: StoreSettings) -> StoreSettings:
+    return msgspec.structs.replace(settings, path=str(folder / "log"), log=LOG)
+
+
 @contextmanager
-def library(folder: Path, settings: StoreSettings) -> Iterator[Opened]:
-    clock = ManualClock()
+def _opened(settings: StoreSettings) -> Iterator[tuple[Store, ShiftedClock]]:
+    clock = ShiftedClock()
     store = open_store(settings, clock, SystemEntropy())
     try:
-        yield Opened(store, store, clock)
+        yield store, clock
     finally:
         store._parts.dram.check()
         store.close()
 
 
-BACKENDS: dict[str, Opener] = {"library": library}
-__all__ = ["NO_SESSION"]
+@contextmanager
+def library(folder: Path, settings: StoreSettings) -> Iterator[Opened]:
+    with _opened(settings) as (store, clock):
+        yield Opened(store, store, clock)
+
+
+@contextmanager
+def library_over_log(folder: Path, settings: StoreSettings) -> Iterator[Opened]:
+    with _opened(with_log(folder, settings)) as (store, clock):
+        yield Opened(store, store, clock, has_log=True)
+
+
+@contextmanager
+def served(store: Store, clock: Clock, folder: Path, **how: object) -> Iterator[RemoteStore]:
+    """A daemon in this process, and a client of it."""
+    place = folder / "run"
+    settings = DaemonSettings(socket=str(place / "store.sock"), **how)  # type: ignore[arg-type]
+    daemon = Daemon(store, settings, clock, SystemEntropy())
+    daemon.start()
+    client = open_client(Path(settings.socket), clock, ClientSettings(window_bytes=1 << 20, area_bytes=1 << 19))
+    try:
+        yield client
+    finally:
+        client.close()
+        daemon.stop()
+
+
+@contextmanager
+def daemon(folder: Path, settings: StoreSettings) -> Iterator[Opened]:
+    with _opened(settings) as (store, clock), served(store, clock, folder) as client:
+        yield Opened(client, store, clock)
+
+
+@contextmanager
+def daemon_over_log(folder: Path, settings: StoreSettings) -> Iterator[Opened]:
+    with _opened(with_log(folder, settings)) as (store, clock), served(store, clock, folder) as client:
+        yield Opened(client, store, clock, has_log=True)
+
+
+BACKENDS: dict[str, Opener] = {
+    "library": library,
+    "library_over_log": library_over_log,
+    "daemon": daemon,
+    "daemon_over_log": daemon_over_log,
+}

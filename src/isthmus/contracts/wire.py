@@ -48,7 +48,7 @@ class FrameReader(Generic[T]):
                 break
             try:
                 values.append(self._decoder.decode(memoryview(self._buffer)[start + HEADER_BYTES : end]))
-            except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:  # the latter: text that is no UTF-8
                 raise WireViolation(f"a frame does not fit its schema: {error}") from error
             start = end
         del self._buffer[:start]

@@ -137,7 +137,8 @@ class Dram:
         """Evict records of at least `size` bytes, if there are so many that may go; how many bytes went."""
         with self._lock:
             before = self.arena.used
-            self._make_way(size, self._clock.monotonic())
+            now = self._clock.monotonic()
+            self._evict(self._victims(size, now, None, lambda _: False), "asked")
             return before - self.arena.used
 
     def take_out(self, scope: Scope) -> list[Record]:
@@ -186,26 +187,22 @@ class Dram:
     def _make_way(self, size: int, now: float, tenant: bytes | None = None) -> bool:
         """Evict `size` bytes (of one tenant); whether there was so much that may go. Only then is anything evicted."""
         durable = self._durable()
-        victims = self._victims(size, now, tenant, lambda record: record.sequence > durable)
-        if victims is None:
-            victims = self._victims(size, now, tenant, lambda _: False)
-        if victims is None:
+        spared = self._victims(size, now, tenant, lambda record: record.sequence > durable)
+        victims = spared if _bytes(spared) >= size else self._victims(size, now, tenant, lambda _: False)
+        if _bytes(victims) < size:
             return False
         self._evict(victims, "evicted")
         return True
 
-    def _victims(
-        self, size: int, now: float, tenant: bytes | None, spare: Callable[[Record], bool]
-    ) -> list[Record] | None:
-        """Records of at least `size` bytes that retention gives up, none pinned and none to `spare`; None: too few."""
+    def _victims(self, size: int, now: float, tenant: bytes | None, spare: Callable[[Record], bool]) -> list[Record]:
+        """Records of `size` bytes, or fewer if that is all, that may go: none pinned and none to `spare`."""
 
         def held(key: BlockKey) -> bool:
             record = self.arena.find(key)
             return record is None or record.pins > 0 or spare(record)
 
         found = [self.arena.find(key) for key in self._retention.victims(size, now, held, tenant)]
-        records = [record for record in found if record is not None]
-        return records if sum(record.page_bytes for record in records) >= size else None
+        return [record for record in found if record is not None]
 
     def _make_room_in_one_piece(self, size: int, now: float) -> bool:
         """There is room enough, but scattered: evict neighbours of what would go first until it is in one piece."""
@@ -218,3 +215,7 @@ class Dram:
         for record in records:
             self._remove(record)
         self._counts.add("evict", Tier.DRAM, why, len(records))
+
+
+def _bytes(records: Sequence[Record]) -> int:
+    return sum(record.page_bytes for record in records)

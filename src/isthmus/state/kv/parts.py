@@ -6,6 +6,7 @@ from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import InvalidInput
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.dram import Dram
+from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.scopes import Scopes
 from isthmus.state.kv.settings import StoreSettings
 
@@ -19,6 +20,7 @@ class Parts:
     counts: Counts
     scopes: Scopes
     dram: Dram
+    log: SegmentLog | None
 
     def until(self, timeout_s: float) -> float:
         """When a call that may take `timeout_s` has to end, on the monotonic clock."""

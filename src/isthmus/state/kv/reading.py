@@ -5,7 +5,7 @@ overwritten while it was copied, so it is `EXPIRED` whatever the digests say.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from isthmus.contracts.blocks import MAX_BATCH, Outcome, Reason, Tier, Want
@@ -14,30 +14,34 @@ from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.arena.copying import flat
 from isthmus.state.kv.leases import Granted, LeaseTable
+from isthmus.state.kv.log.records import Location, LogRead
 from isthmus.state.kv.parts import Parts, check_batch
 
 LOCAL = 0
 """The holder of leases within this process."""
 
+Pin = Record | Location
+
 
 class StoreLease:
     """Implements `Lease`. `number` and `holder` name it; it ends at `deadline` (the store's monotonic clock)."""
 
-    __slots__ = ("_reader", "deadline", "ended", "granted", "holder", "number", "pins", "places")
+    __slots__ = ("_reader", "deadline", "ended", "granted", "granted_at", "holder", "number", "pins", "places")
 
-    def __init__(self, reader: "Reader", keys: Sequence[BlockKey], lease: Granted[Record]) -> None:
+    def __init__(self, reader: "Reader", keys: Sequence[BlockKey], lease: Granted[Pin]) -> None:
         self._reader = reader
         self.number = lease.number
         self.holder = lease.holder
+        self.granted_at = lease.granted_at
         self.deadline = lease.deadline
         self.pins = lease.pins
         self.places = {key: index for index, key in enumerate(keys)}
-        self.granted: Sequence[Tier | None] = [None if pin is None else Tier.DRAM for pin in lease.pins]
-        self.ended = False
+        self.granted: Sequence[Tier | None] = [_tier(pin) for pin in lease.pins]
+        self.ended = lease.number == 0
 
     def release(self) -> None:
         """See `Lease`."""
-        self._reader.release(self)
+        self._reader.release(self.number, self.holder)
 
     def __enter__(self) -> "StoreLease":
         return self
@@ -49,14 +53,20 @@ class StoreLease:
 
 
 class Reader:
-    """Grants leases and reads under them. Safe from several threads."""
+    """Grants leases and reads under them. Safe from several threads.
 
-    def __init__(self, parts: Parts) -> None:
+    `read_below` is told which records came from the log, so that those wanted again may be brought up.
+    """
+
+    def __init__(self, parts: Parts, read_below: Callable[[Sequence[BlockKey]], None]) -> None:
         self._parts = parts
+        self._read_below = read_below
         settings = parts.settings
         self._lock = threading.Lock()
-        self._table: LeaseTable[Record] = LeaseTable(max_leases=settings.max_leases, max_seconds=settings.lease_s)
+        self._table: LeaseTable[Pin] = LeaseTable(max_leases=settings.max_leases, max_seconds=settings.lease_s)
         self._live: dict[int, StoreLease] = {}
+        self.expired: Callable[[StoreLease], None] | None = None
+        """Called, without a lock, for every lease that ended by itself."""
 
     def __len__(self) -> int:
         return len(self._table)
@@ -65,29 +75,37 @@ class Reader:
         """See `BlockStore.lease`. With the table of leases full nothing is granted."""
         check_batch(len(keys), MAX_BATCH, "keys")
         self.expire()
-        pins = self._parts.dram.pin(keys)
+        counts = self._parts.counts
+        pins: list[Pin | None] = [*self._parts.dram.pin(keys)]
+        self._pin_below(keys, pins)
         now = self._parts.clock.monotonic()
         with self._lock:
             full = self._table.full
-            granted = Granted(0, holder, (None,) * len(keys), now, now) if full else None
-            if granted is None:
-                granted = self._table.grant(holder, pins, seconds, now)
-            lease = StoreLease(self, keys, granted)
-            if not full:
+            if full:
+                lease = StoreLease(self, keys, Granted(0, holder, (None,) * len(keys), now, now))
+            else:
+                lease = StoreLease(self, keys, self._table.grant(holder, pins, seconds, now))
                 self._live[lease.number] = lease
         if full:
             self._unpin(pins)
-            self._parts.counts.add("lease", None, Reason.FULL)
+            counts.add("lease", None, Reason.FULL)
         for tier in (Tier.DRAM, Tier.NVME):
-            self._parts.counts.add("lease", tier, Reason.HIT, lease.granted.count(tier))
-        self._parts.counts.add("lease", None, Reason.ABSENT, lease.granted.count(None))
+            counts.add("lease", tier, Reason.HIT, lease.granted.count(tier))
+        counts.add("lease", None, Reason.ABSENT, lease.granted.count(None))
         return lease
 
-    def release(self, lease: StoreLease) -> None:
+    def find(self, number: int, holder: int) -> StoreLease | None:
+        """The lease of this number, if it is the holder's and has not ended."""
+        with self._lock:
+            found = self._table.get(number, holder, self._parts.clock.monotonic())
+            return None if found is None else self._live[number]
+
+    def release(self, number: int, holder: int) -> None:
         """End a lease; nothing when it has ended."""
         with self._lock:
-            ended = self._table.release(lease.number, lease.holder)
-            self._mark(ended)
+            ended = self._table.release(number, holder)
+            if ended is not None:
+                self._live.pop(number).ended = True
         if ended is not None:
             self._unpin(ended.pins)
 
@@ -96,67 +114,104 @@ class Reader:
         with self._lock:
             ended = self._table.release_all(holder)
             for lease in ended:
-                self._mark(lease)
+                self._live.pop(lease.number).ended = True
         for lease in ended:
             self._unpin(lease.pins)
         return len(ended)
 
-    def expire(self) -> list[StoreLease]:
+    def expire(self) -> None:
         """End the leases whose deadline has passed."""
-        over: list[StoreLease] = []
         with self._lock:
             ended = self._table.expire(self._parts.clock.monotonic())
-            for lease in ended:
-                over += self._mark(lease)
-        for lease in ended:
+            over = [self._live.pop(lease.number) for lease in ended]
+            for lease in over:
+                lease.ended = True  # whoever reads under it has to know before what it pinned is freed
+        for lease in over:
             self._unpin(lease.pins)
-        self._parts.counts.add("lease", None, Reason.EXPIRED, len(ended))
-        return over
+            if self.expired is not None:
+                self.expired(lease)
+        self._parts.counts.add("lease", None, Reason.EXPIRED, len(over))
 
     def read(self, lease: StoreLease, wants: Sequence[Want], timeout_s: float) -> list[Outcome]:
         """See `BlockStore.read`."""
         check_batch(len(wants), MAX_BATCH, "wants")
         deadline = self._parts.until(timeout_s)
-        outcomes = []
-        for want in wants:
+        outcomes: list[Outcome] = []
+        below: list[int] = []
+        for index, want in enumerate(wants):
             if self._parts.clock.monotonic() >= deadline:
                 outcomes.append(Outcome(Reason.LATE))
-            else:
-                outcomes.append(self._from_arena(lease, want))
+                continue
+            outcome = self._from_arena(lease, want)
+            if outcome is None or outcome.reason is Reason.CORRUPT:
+                below.append(index)
+            outcomes.append(outcome or Outcome(Reason.ABSENT))
+        if below and self._parts.log is not None:
+            found = self._from_log(lease, [wants[index] for index in below], deadline)
+            for index, outcome in zip(below, found, strict=True):
+                outcomes[index] = outcome or outcomes[index]
         self._parts.counts.add_outcomes("read", outcomes)
         return outcomes
 
-    def _from_arena(self, lease: StoreLease, want: Want) -> Outcome:
+    def _from_arena(self, lease: StoreLease, want: Want) -> Outcome | None:
+        """None: it is in the log only."""
         index = lease.places.get(want.key)
-        record = None if index is None else lease.pins[index]
+        pin = None if index is None else lease.pins[index]
         if self._over(lease):
             return Outcome(Reason.EXPIRED)
-        if record is None or want.shape != record.shape:
+        if isinstance(pin, Location):
+            return None
+        if pin is None or want.shape != pin.shape:
             return Outcome(Reason.ABSENT)
         dram = self._parts.dram
-        if record.state is State.VISIBLE:
-            good = dram.arena.fetch(record, want.first_chunk, want.count, flat(want.into))
+        if pin.state is State.VISIBLE:
+            good = dram.arena.fetch(pin, want.first_chunk, want.count, flat(want.into))
             if self._over(lease):
                 return Outcome(Reason.EXPIRED, Tier.DRAM)
-            if good and record.state is State.VISIBLE:
+            if good and pin.state is State.VISIBLE:
                 return Outcome(Reason.HIT, Tier.DRAM)
             if not good:
-                dram.quarantine(record)
-        return Outcome(Reason.CORRUPT if record.state is State.GONE else Reason.FORGOTTEN, Tier.DRAM)
+                dram.quarantine(pin)
+        return Outcome(Reason.CORRUPT if pin.state is State.GONE else Reason.FORGOTTEN, Tier.DRAM)
+
+    def _from_log(self, lease: StoreLease, wants: Sequence[Want], deadline: float) -> list[Outcome | None]:
+        """None: the log has no copy of what was damaged in the arena."""
+        log = self._parts.log
+        if log is None:
+            return [None] * len(wants)
+        found: list[Outcome | None] = [None] * len(wants)
+        reads: list[tuple[int, LogRead]] = []
+        for index, want in enumerate(wants):
+            pin = lease.pins[lease.places[want.key]]
+            location = pin if isinstance(pin, Location) else log.locate([want.key])[0]
+            if location is not None:
+                reads.append((index, LogRead(location, want)))
+        outcomes = log.read([read for _, read in reads], self._parts.left(deadline))
+        over = self._over(lease)
+        for (index, _), outcome in zip(reads, outcomes, strict=True):
+            found[index] = Outcome(Reason.EXPIRED, Tier.NVME) if over else outcome
+        self._read_below([wants[at].key for at, one in enumerate(found) if one and one.reason is Reason.HIT])
+        return found
 
     def _over(self, lease: StoreLease) -> bool:
         return lease.ended or self._parts.clock.monotonic() >= lease.deadline
 
-    def _mark(self, ended: Granted[Record] | None) -> list[StoreLease]:
-        """Whoever reads under it must know that it has ended before what it pinned is freed."""
-        if ended is None:
-            return []
-        lease = self._live.pop(ended.number)
-        lease.ended = True
-        return [lease]
+    def _pin_below(self, keys: Sequence[BlockKey], pins: list[Pin | None]) -> None:
+        """Pin in the log what the arena does not have."""
+        log = self._parts.log
+        missing = [index for index, pin in enumerate(pins) if pin is None]
+        if log is None or not missing:
+            return
+        for index, location in zip(missing, log.locate([keys[index] for index in missing]), strict=True):
+            if location is not None and log.pin(location):
+                pins[index] = location
 
-    def _unpin(self, pins: Sequence[Record | None]) -> None:
-        self._parts.dram.unpin([pin for pin in pins if pin is not None])
+    def _unpin(self, pins: Sequence[Pin | None]) -> None:
+        self._parts.dram.unpin([pin for pin in pins if isinstance(pin, Record)])
+        if self._parts.log is not None:
+            for pin in pins:
+                if isinstance(pin, Location):
+                    self._parts.log.unpin(pin)
 
 
 def own_lease(lease: object) -> StoreLease:
@@ -164,3 +219,9 @@ def own_lease(lease: object) -> StoreLease:
     if not isinstance(lease, StoreLease):
         raise InvalidInput("the lease is not one of this store", "lease")
     return lease
+
+
+def _tier(pin: Pin | None) -> Tier | None:
+    if pin is None:
+        return None
+    return Tier.DRAM if isinstance(pin, Record) else Tier.NVME

@@ -12,11 +12,12 @@ before a restart) and the log's copy is tried;
 Safe to call from several threads. No lock is held while bytes are copied, hashed, read or written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from isthmus.contracts.blocks import (
     MAX_BATCH,
-    NO_SESSION,
     Erasure,
     Hint,
     Lease,
@@ -26,19 +27,25 @@ from isthmus.contracts.blocks import (
     Reason,
     StoreStats,
     Tier,
+    TierStats,
     Want,
 )
 from isthmus.contracts.clock import Clock, Entropy
-from isthmus.contracts.errors import StoreUnavailable
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Arena
 from isthmus.state.kv.arena.memory import create_arena
+from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.dram import Dram
+from isthmus.state.kv.io.disk import Disk, open_disk
+from isthmus.state.kv.log.log import SegmentLog
+from isthmus.state.kv.log.opening import open_log
+from isthmus.state.kv.log.records import LogStats
 from isthmus.state.kv.parts import Parts, check_batch
-from isthmus.state.kv.reading import LOCAL, Reader, StoreLease, own_lease
-from isthmus.state.kv.scopes import Scope, Scopes
+from isthmus.state.kv.reading import Reader, StoreLease, own_lease
+from isthmus.state.kv.scopes import Scopes
 from isthmus.state.kv.settings import StoreSettings
+from isthmus.state.kv.upkeep import Upkeep
 from isthmus.state.kv.writing import Writer
 
 MOST_HINTED = 4 * MAX_BATCH
@@ -46,30 +53,75 @@ MOST_HINTED = 4 * MAX_BATCH
 
 
 class Store:
-    """Implements `BlockStore`, and what an administrator needs. Made by `open_store`."""
+    """Implements `BlockStore`; `admin` is for administrators. Made by `open_store`."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, disk: Disk | None, opened: ExitStack) -> None:
         self._parts = parts
-        self._reader = Reader(parts)
+        self._disk = disk
+        self._opened = opened
+        self._attendant = Attendant(parts)
         self._writer = Writer(parts)
+        self.reader = Reader(parts, self._attendant.read_below)
+        self.admin = Upkeep(parts)
+        self._attendant.start(self.reader.expire)
+
+    @property
+    def arena(self) -> Arena:
+        """The arena, to be shared."""
+        return self._parts.dram.arena
+
+    @property
+    def counts(self) -> Counts:
+        """Outcomes so far."""
+        return self._parts.counts
+
+    @property
+    def settings(self) -> StoreSettings:
+        """What it was made with."""
+        return self._parts.settings
 
     def match(self, keys: Sequence[BlockKey]) -> list[Match]:
-        """See `BlockStore`."""
+        """See `BlockStore`. What is in the log only has no size here."""
         check_batch(len(keys), MAX_BATCH, "keys")
         found = self._parts.dram.where(keys)
-        return [Match(None) if one is None else Match(Tier.DRAM, one.record_bytes) for one in found]
+        matches = [Match(None) if one is None else Match(Tier.DRAM, one.record_bytes) for one in found]
+        missing = [index for index, one in enumerate(found) if one is None]
+        if self._parts.log is not None and missing:
+            for index, place in zip(missing, self._parts.log.locate([keys[at] for at in missing]), strict=True):
+                if place is not None:
+                    matches[index] = Match(Tier.NVME)
+        return matches
 
     def lease(self, keys: Sequence[BlockKey], seconds: float) -> Lease:
         """See `BlockStore`."""
-        return self._reader.lease(keys, seconds)
+        return self.reader.lease(keys, seconds)
+
+    def lease_for(self, holder: int, keys: Sequence[BlockKey], seconds: float) -> StoreLease:
+        """As `lease`, for a client of a daemon."""
+        return self.reader.lease(keys, seconds, holder)
 
     def read(self, lease: Lease, wants: Sequence[Want], timeout_s: float) -> list[Outcome]:
         """See `BlockStore`."""
-        return self._reader.read(own_lease(lease), wants, timeout_s)
+        return self.reader.read(own_lease(lease), wants, timeout_s)
+
+    def read_leased(self, number: int, holder: int, wants: Sequence[Want], timeout_s: float) -> list[Outcome]:
+        """As `read`, under the lease of a client."""
+        lease = self.reader.find(number, holder)
+        if lease is not None:
+            return self.reader.read(lease, wants, timeout_s)
+        outcomes = [Outcome(Reason.EXPIRED)] * len(wants)
+        self._parts.counts.add_outcomes("read", outcomes)
+        return outcomes
 
     def write(self, puts: Sequence[Put], timeout_s: float) -> list[Outcome]:
         """See `BlockStore`."""
         return self._writer.write(puts, timeout_s)
+
+    def write_checked(self, puts: Sequence[Put], digests: Sequence[bytes], timeout_s: float) -> list[Outcome]:
+        """As `write`, of payloads that somebody may change meanwhile: what has not these digests when it is here is
+        `CORRUPT`, and not here.
+        """
+        return self._writer.write(puts, timeout_s, digests)
 
     def hint(self, hints: Sequence[Hint]) -> None:
         """See `BlockStore`."""
@@ -79,59 +131,105 @@ class Store:
             room -= len(keys)
             if keys:
                 self._parts.dram.hint(hint.kind, keys, hint.seconds)
-        self._parts.counts.add("hint", None, Reason.FULL, sum(len(hint.keys) for hint in hints) - MOST_HINTED + room)
+                self._attendant.hinted(hint.kind, keys, hint.seconds)
+        self._parts.counts.add("hint", None, "dropped", sum(len(hint.keys) for hint in hints) - MOST_HINTED + room)
 
     def flush(self, timeout_s: float) -> int:
         """See `BlockStore`."""
-        return 0
+        log = self._parts.log
+        return 0 if log is None else log.flush(min(max(timeout_s, 0.0), self.settings.call_s))
 
     def stats(self) -> StoreStats:
         """See `BlockStore`."""
-        arena = self._parts.dram.arena
+        arena, log, scopes = self.arena, self._parts.log, self._parts.scopes
+        tiers = [self._parts.dram.stats()]
         gauges = {
-            "leases": float(len(self._reader)),
+            "leases": float(len(self.reader)),
             "arena_huge_bytes": float(arena.memory.huge_bytes),
+            "arena_quarantined_bytes": float(arena.quarantined_bytes),
         }
+        below = LogStats() if log is None else log.stats()
+        if log is not None:
+            tiers.append(TierStats(Tier.NVME, below.capacity, below.used, below.records))
+            gauges |= _gauges(below)
         return StoreStats(
             epoch=arena.epoch,
-            tiers=(self._parts.dram.stats(),),
-            counts=self._parts.counts.snapshot(),
+            tiers=tuple(tiers),
+            counts=self.counts.snapshot(),
             gauges=gauges,
-            erasures=self._parts.scopes.erasures(),
+            sequence=below.sequence,
+            durable=below.durable,
+            erasures=scopes.erasures(),
+            backend=_backend(self._disk),
         )
 
-    def forget(self, namespace_id: bytes, session_id: bytes = NO_SESSION) -> Erasure:
-        """Erase everything of a namespace, or of one session of it, from every tier.
+    def watch_expiry(self, told: Callable[[StoreLease], None] | None) -> None:
+        """Call `told` for every lease that ends by itself."""
+        self.reader.expired = told
 
-        Raises `StoreUnavailable` when writes under way do not end within the store's limit: nothing is promised then.
-        """
-        scope = Scope(namespace_id, session_id)
-        scopes, dram = self._parts.scopes, self._parts.dram
-        number: int | None = None
-        scopes.begin(scope)
-        try:
-            records = dram.take_out(scope)
-            for record in records:
-                dram.arena.erase_bytes(record)
-            dram.unpin(records)
-            if not scopes.wait(scope, self._parts.settings.call_s):
-                raise StoreUnavailable("writes of what is to be forgotten have not ended")
-            dram.wipe_free()
-            number = 0
-        finally:
-            erasure = scopes.end(scope, number)
-        if erasure is None:
-            raise StoreUnavailable("the erasure was not taken down")
-        return erasure
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until everything that was to be brought to DRAM was; whether that came about."""
+        return self._attendant.idle(timeout_s)
 
     def close(self) -> None:
-        """Give the memory back. Nothing may be called afterwards."""
-        self._parts.dram.arena.memory.close()
+        """Make durable what was written, and give everything back. Nothing may be called afterwards."""
+        self._attendant.stop()
+        self._opened.close()
 
 
 def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy) -> Store:
-    """A store with an empty arena. Raises `ConfigInvalid` when the arena does not fit into memory."""
-    counts, scopes = Counts(), Scopes(clock)
-    arena = Arena(create_arena(settings.arena_bytes, settings.region_bytes), entropy)
-    dram = Dram(arena, settings, clock, scopes=scopes, counts=counts, durable=lambda: 0)
-    return Store(Parts(settings, clock, counts, scopes, dram))
+    """A store with an empty arena, over the log of the settings (made when there is none).
+
+    Raises `ConfigInvalid` when the arena does not fit into memory, and what `open_disk` and `open_log` raise
+    (`StoreLocked`, `StoreFull`, `StoreCorrupt`, `StoreFormat`, `DiskFailed`).
+    """
+    counts = Counts()
+    with ExitStack() as stack:
+        memory = create_arena(settings.arena_bytes, settings.region_bytes)
+        stack.callback(memory.close)
+        disk: Disk | None = None
+        log: SegmentLog | None = None
+        if settings.path and settings.log is not None:
+            path, capacity = Path(settings.path), settings.log.capacity
+            disk = open_disk(path, capacity=capacity, create=True, backend=settings.disk_backend)
+            stack.callback(disk.close)
+            log = open_log(disk, settings.log, clock, entropy)
+            stack.callback(log.close)
+        scopes = Scopes(clock, _erasures(log))
+        durable = (lambda: 0) if log is None else (lambda: log.durable)
+        dram = Dram(Arena(memory, entropy), settings, clock, scopes=scopes, counts=counts, durable=durable)
+        return Store(Parts(settings, clock, counts, scopes, dram, log), disk, stack.pop_all())
+
+
+def _erasures(log: SegmentLog | None) -> list[Erasure]:
+    """Those that the log remembers, oldest first."""
+    if log is None:
+        return []
+    return [
+        Erasure(one.number, one.scope.namespace_id, one.scope.session_id if any(one.scope.session_id) else b"")
+        for one in log.erasures
+        if one.scope.namespace_id
+    ]
+
+
+def _gauges(stats: LogStats) -> dict[str, float]:
+    named = {f"segments_{state}": float(count) for state, count in stats.segments.items()}
+    named |= {f"class_{name}": float(count) for name, count in stats.classes.items()}
+    named |= {f"log_{name}": float(count) for name, count in stats.counts.items()}
+    return named | {
+        "durable_lag_s": stats.lag_s,
+        "durable_lag_bytes": float(stats.lag_bytes),
+        "write_amplification": stats.write_amplification,
+        "written_bytes": float(stats.written_bytes),
+        "taken_bytes": float(stats.taken_bytes),
+        "index_bytes": float(stats.index_bytes),
+        "erasures_pending": float(stats.erasures_pending),
+        "read_only": float(bool(stats.read_only)),
+    }
+
+
+def _backend(disk: Disk | None) -> str:
+    """How the disk is driven, for people."""
+    if disk is None:
+        return "none"
+    return f"{disk.backend} ({disk.backend_reason})" if disk.backend_reason else disk.backend

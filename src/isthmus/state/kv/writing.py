@@ -1,4 +1,8 @@
-"""Taking records in: a copy into the arena, digests of that copy, and only then visible."""
+"""Taking records in: a copy into the arena, digests of that copy, and only then visible; from there to the log.
+
+A batch goes slice by slice, so that the log writes one slice while the next is copied, and no more than a slice is kept
+from being evicted.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +10,11 @@ from dataclasses import dataclass
 from isthmus.contracts.blocks import MAX_BATCH, Outcome, Put, Reason, Tier
 from isthmus.state.kv.arena.arena import Record
 from isthmus.state.kv.arena.copying import flat
+from isthmus.state.kv.log.records import LogRecord
 from isthmus.state.kv.parts import Parts, check_batch
+
+SLICE_BYTES = 4 << 20
+SLICE_RECORDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,23 +28,59 @@ class Writer:
         check_batch(len(puts), MAX_BATCH, "puts")
         deadline = self.parts.until(timeout_s)
         outcomes = [Outcome(Reason.LATE)] * len(puts)
-        kept: list[tuple[int, Record]] = []
         number = self.parts.scopes.start_write({put.owner for put in puts})
         try:
-            for index, put in enumerate(puts):
+            for first, last in _slices(puts):
                 if self.parts.clock.monotonic() >= deadline:
                     break
-                found = self._take(put, digests[index] if digests else b"")
-                if isinstance(found, Record):
-                    kept.append((index, found))
-                    outcomes[index] = Outcome(Reason.STORED, Tier.DRAM)
-                else:
-                    outcomes[index] = Outcome(found, Tier.DRAM)
+                expected = digests[first:last] if digests else [b""] * (last - first)
+                outcomes[first:last] = self._write_slice(puts[first:last], expected, deadline)
         finally:
-            self.parts.dram.unpin([record for _, record in kept])
             self.parts.scopes.end_write(number)
         self.parts.counts.add_outcomes("write", outcomes)
         return outcomes
+
+    def _write_slice(self, puts: Sequence[Put], expected: Sequence[bytes], deadline: float) -> list[Outcome]:
+        log = self.parts.log
+        below = [None] * len(puts) if log is None else log.locate([put.key for put in puts])
+        outcomes: list[Outcome] = []
+        kept: list[tuple[int, Record]] = []
+        try:
+            for index, (put, digests) in enumerate(zip(puts, expected, strict=True)):
+                if below[index] is not None:
+                    outcomes.append(Outcome(Reason.PRESENT, Tier.NVME))
+                    continue
+                found = self._take(put, digests)
+                if isinstance(found, Record):
+                    kept.append((index, found))
+                    outcomes.append(Outcome(Reason.STORED, Tier.DRAM))
+                else:
+                    outcomes.append(Outcome(found, Tier.DRAM))
+            for index, outcome in self._append(kept, deadline):
+                outcomes[index] = outcome
+        finally:
+            self.parts.dram.unpin([record for _, record in kept])
+        return outcomes
+
+    def _append(self, kept: Sequence[tuple[int, Record]], deadline: float) -> list[tuple[int, Outcome]]:
+        """Offer to the log what is in the arena now. What it does not take is in the arena all the same."""
+        log, arena = self.parts.log, self.parts.dram.arena
+        if log is None or not kept:
+            return []
+        records = [
+            LogRecord(one.key, one.parent, one.owner, one.shape, one.lifetime, one.digests, arena.view(one))
+            for _, one in kept
+        ]
+        found: list[tuple[int, Outcome]] = []
+        for (index, record), outcome in zip(kept, log.append(records, self.parts.left(deadline)), strict=True):
+            if outcome.reason is Reason.STORED:
+                record.sequence = outcome.sequence
+                found.append((index, Outcome(Reason.STORED, Tier.NVME, outcome.sequence)))
+            else:
+                self.parts.counts.add("append", Tier.NVME, outcome.reason)
+                reason = Reason.WEAR if outcome.reason is Reason.WEAR else Reason.STORED
+                found.append((index, Outcome(reason, Tier.DRAM)))
+        return found
 
     def _take(self, put: Put, expected: bytes) -> Record | Reason:
         """The record, visible and pinned; else why not."""
@@ -58,3 +102,17 @@ class Writer:
             dram.unpin([record])
             return Reason.FORGOTTEN
         return record
+
+
+def _slices(puts: Sequence[Put]) -> list[tuple[int, int]]:
+    """Ranges of a batch of at most `SLICE_RECORDS` and about `SLICE_BYTES`."""
+    slices: list[tuple[int, int]] = []
+    first, size = 0, 0
+    for index, put in enumerate(puts):
+        size += put.shape.record_bytes
+        if size >= SLICE_BYTES or index + 1 - first == SLICE_RECORDS:
+            slices.append((first, index + 1))
+            first, size = index + 1, 0
+    if first < len(puts):
+        slices.append((first, len(puts)))
+    return slices

@@ -106,6 +106,11 @@ class Arena:
         return self._extents.used * PAGE_BYTES
 
     @property
+    def quarantined_bytes(self) -> int:
+        """Bytes that are not used again."""
+        return self.quarantined_pages * PAGE_BYTES
+
+    @property
     def largest(self) -> int:
         """Bytes of the largest record that an empty arena could hold."""
         return self._region_pages * PAGE_BYTES

@@ -61,7 +61,7 @@ class Extents:
         return start
 
     def take_next(self, page: int, most: int) -> tuple[int, int] | None:
-        """Take at most `most` pages of the first free extent from `page` on: (first page, pages). None: none is free."""
+        """Take at most `most` pages of the first free extent from `page` on: (first page, pages); or None."""
         while page < self.total and self._length[page] >= 0:
             page += max(1, self._length[page])
         if page >= self.total:

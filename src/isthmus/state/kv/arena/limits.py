@@ -47,7 +47,10 @@ def _version_2(root: Path, path: str) -> Iterator[tuple[int, str]]:
         for folder, name in _levels(root / mount, path):
             limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
             if limit is not None and used is not None:
-                yield limit - used + (_field(folder / "memory.stat", "inactive_file") or 0), f"memory.max of cgroup {name}"
+                yield (
+                    limit - used + (_field(folder / "memory.stat", "inactive_file") or 0),
+                    f"memory.max of cgroup {name}",
+                )
 
 
 def _version_1(root: Path, path: str) -> Iterator[tuple[int, str]]:

@@ -45,18 +45,31 @@ class Region:
         os.close(self.descriptor)
 
 
-def create_region(name: str, size: int, *, huge: bool, seals: int = OWNER_SEALS) -> Region:
+def create_region(name: str, size: int, *, huge: bool) -> Region:
     """`size` bytes (a multiple of 4096) of zeroed shared memory, mapped, faulted in and sealed.
 
     Raises `ConfigInvalid` when the machine refuses it.
     """
+
+    def fault_in(mapping: mmap.mmap) -> None:
+        if huge:
+            _advise(mapping, mmap.MADV_HUGEPAGE, 0, size)
+        _populate(mapping, size)
+
+    return _create(name, size, OWNER_SEALS, fault_in)
+
+
+def create_shared(name: str, size: int) -> Region:
+    """`size` bytes that both ends write to: their size is sealed, their pages come when they are used."""
+    return _create(name, size, SIZE_SEALS | fcntl.F_SEAL_SEAL, lambda _: None)
+
+
+def _create(name: str, size: int, seals: int, prepare: Callable[[mmap.mmap], None]) -> Region:
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, size)
         mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        if huge:
-            _advise(mapping, mmap.MADV_HUGEPAGE, 0, size)
-        _populate(mapping, size)
+        prepare(mapping)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except (OSError, ValueError) as error:
         os.close(descriptor)
@@ -68,18 +81,15 @@ def map_read_only(descriptor: int, size: int) -> memoryview:
     """A read-only view of a region that another process owns. Raises `WireViolation` when it is none of `size` bytes
     whose size is sealed: mapping it could end this process by a fault.
     """
-    check_sealed(descriptor, size)
-    return memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ))
+    return _map(descriptor, size, mmap.PROT_READ)
 
 
 def map_writable(descriptor: int, size: int) -> memoryview:
     """As `map_read_only`, for memory that both sides write to."""
-    check_sealed(descriptor, size)
-    return memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
+    return _map(descriptor, size, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def check_sealed(descriptor: int, size: int) -> None:
-    """Raise `WireViolation` unless `descriptor` is shared memory of exactly `size` bytes that cannot change size."""
+def _map(descriptor: int, size: int, protection: int) -> memoryview:
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         actual = os.fstat(descriptor).st_size
@@ -89,6 +99,10 @@ def check_sealed(descriptor: int, size: int) -> None:
         raise WireViolation(
             f"the memory received has {actual} bytes and seals {seals:#x}, expected {size} bytes sealed"
         )
+    try:
+        return memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection))
+    except (OSError, ValueError) as error:
+        raise WireViolation(f"the memory received cannot be mapped: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

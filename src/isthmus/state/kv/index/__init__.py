@@ -1,0 +1,1 @@
+"""Where records lie: fingerprints of keys to locations, in memory."""

@@ -1,0 +1,64 @@
+"""Which reads a batch needs: few, long and in the order of the disk. Pure.
+
+A record is wanted as one or two ranges: header and digests, and the chunks wanted. When the chunks begin near the
+front they are one range. Ranges that lie close together, as those of blocks written together do, are read together;
+long ones are cut into windows, so that several are in flight.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from isthmus.contracts.blocks import Shape
+from isthmus.state.kv.log.format import SECTOR, align, payload_offset
+
+NEAR_BYTES = 64 << 10
+"""Header and chunks are one range when at most so much that nobody wants lies between them."""
+GAP_BYTES = 16 << 10
+"""Ranges of different records are read together when at most so much lies between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes [offset, end) of the disk that read `index` of a batch wants, or that a window brings for it."""
+
+    index: int
+    offset: int
+    end: int
+
+
+@dataclass(slots=True)
+class Window:
+    """One read from the disk, of whole sectors."""
+
+    offset: int
+    end: int
+    parts: list[Range] = field(default_factory=list)
+
+
+def ranges_of(index: int, start: int, shape: Shape, first_chunk: int, count: int) -> list[Range]:
+    """What has to be read for `count` chunks of the record that begins at `start` of the disk."""
+    head = payload_offset(shape.chunks)
+    begin = start + head + first_chunk * shape.chunk_bytes
+    end = begin + count * shape.chunk_bytes
+    if begin - (start + head) <= NEAR_BYTES:
+        return [Range(index, start, end)]
+    return [Range(index, start, start + head), Range(index, begin, end)]
+
+
+def plan(ranges: Sequence[Range], window_bytes: int) -> list[Window]:
+    """Windows of at most `window_bytes` (whole sectors) that bring every byte of every range exactly once."""
+    windows: list[Window] = []
+    for wanted in sorted(ranges, key=lambda one: (one.offset, one.end)):
+        at = wanted.offset
+        while at < wanted.end:
+            last = windows[-1] if windows else None
+            if last is None or not last.offset <= at <= last.end + GAP_BYTES or at >= last.offset + window_bytes:
+                last = Window(at - at % SECTOR, at)
+                windows.append(last)
+            until = min(wanted.end, last.offset + window_bytes)
+            last.parts.append(Range(wanted.index, at, until))
+            last.end = max(last.end, until)
+            at = until
+    for window in windows:
+        window.end = align(window.end)
+    return windows

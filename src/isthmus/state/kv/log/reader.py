@@ -1,0 +1,256 @@
+"""Reading records: in batches, verified on the copy that the caller gets, hashed while other reads are in flight.
+
+Promises: a record is `HIT` only when its header's CRC, generation, whole key and shape are right, its digests are those
+of the header, and every chunk wanted has its digest *in the caller's buffer*. The disk only ever writes to buffers of
+the reader's own, so a read that ends late cannot touch the caller's memory any more.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from isthmus.contracts.blocks import DIGEST_BYTES, Reason, Want
+from isthmus.contracts.clock import Clock
+from isthmus.contracts.errors import DiskFailed
+from isthmus.state.kv.hashing import digest
+from isthmus.state.kv.io.buffers import AlignedBuffers
+from isthmus.state.kv.io.disk import Disk
+from isthmus.state.kv.io.transfers import Channel, Op, Transfer
+from isthmus.state.kv.log.format import (
+    RECORD_HEADER,
+    RecordHeader,
+    decode_record,
+    digests_good,
+    payload_offset,
+)
+from isthmus.state.kv.log.plan import Range, Window, plan, ranges_of
+from isthmus.state.kv.log.staging import copy
+
+
+class Task:
+    """One record of a batch while it is read. `reason` None: not finished. `other`: what is there has another key."""
+
+    __slots__ = ("_arrived", "_body", "_head", "_head_left", "_into", "_left", "_seed", "generation", "header", "other",
+                 "reason", "start", "want")  # fmt: skip
+
+    def __init__(self, want: Want, start: int, generation: int, seed: int) -> None:
+        """`start`: where on the disk the record begins."""
+        self.want = want
+        self.start = start
+        self.generation = generation
+        self._seed = seed
+        self.reason: Reason | None = None
+        self.other = False
+        self.header: RecordHeader | None = None
+        shape = want.shape
+        self._head = bytearray(payload_offset(shape.chunks))
+        self._head_left = len(self._head)
+        self._body = start + len(self._head) + want.first_chunk * shape.chunk_bytes
+        self._into = want.into.cast("B") if want.into.format != "B" or want.into.ndim != 1 else want.into
+        self._left = [shape.chunk_bytes] * want.count
+        self._arrived: list[int] = []
+
+    def ranges(self, index: int) -> list[Range]:
+        """What has to be read for it."""
+        return ranges_of(index, self.start, self.want.shape, self.want.first_chunk, self.want.count)
+
+    def fail(self, reason: Reason) -> None:
+        """It did not come."""
+        if self.reason is None:
+            self.reason = reason
+
+    def take(self, data: memoryview, at: int) -> None:
+        """Bytes of the disk from `at` on, which are part of what it wants."""
+        if self.reason is not None:
+            return
+        end = at + len(data)
+        first, last = max(at, self.start), min(end, self.start + len(self._head))
+        if first < last:
+            self._head[first - self.start : last - self.start] = data[first - at : last - at]
+            self._head_left -= last - first
+        first, last = max(at, self._body), min(end, self._body + len(self._into))
+        if first < last:
+            low, high = first - self._body, last - self._body
+            copy(data[first - at : last - at], self._into[low:high])
+            self._came(low, high)
+
+    def _came(self, low: int, high: int) -> None:
+        size = self.want.shape.chunk_bytes
+        for chunk in range(low // size, -(-high // size)):
+            self._left[chunk] -= min(high, (chunk + 1) * size) - max(low, chunk * size)
+            if not self._left[chunk]:
+                self._arrived.append(chunk)
+
+    def verify(self) -> None:
+        """Check what has arrived. Sets `reason` when that decides it."""
+        if self.reason is not None or self._head_left:
+            return
+        if self.header is None:
+            self._check_head()
+            if self.header is None:
+                return
+        size, offset = self.want.shape.chunk_bytes, RECORD_HEADER + self.want.first_chunk * DIGEST_BYTES
+        for chunk in self._arrived:
+            at = offset + chunk * DIGEST_BYTES
+            if digest(self._into[chunk * size : (chunk + 1) * size]) != self._head[at : at + DIGEST_BYTES]:
+                self.reason = Reason.CORRUPT
+                return
+        if len(self._arrived) and not any(self._left):
+            self.reason = Reason.HIT
+        self._arrived.clear()
+
+    def _check_head(self) -> None:
+        view = memoryview(self._head)
+        header = decode_record(view, self._seed)
+        if header is None or header.generation != self.generation:
+            self.reason = Reason.CORRUPT
+        elif header.key != self.want.key:
+            self.reason, self.other = Reason.ABSENT, True
+        elif header.shape != self.want.shape:
+            self.reason = Reason.ABSENT
+        elif not digests_good(view, header.shape.chunks):
+            self.reason = Reason.CORRUPT
+        else:
+            self.header = header
+
+
+class BatchReader:
+    """One channel with its buffers: reads one batch at a time. `broken` once something stayed in flight."""
+
+    def __init__(self, disk: Disk, depth: int, size: int) -> None:
+        """Raises `DiskFailed`."""
+        self._buffers = AlignedBuffers(depth, size)
+        self._views = [view for _ in range(depth) if (view := self._buffers.take()) is not None]
+        self._size = size
+        self._tags = 0
+        self._channel: Channel = disk.channel(depth, self._buffers)
+        self.broken = False
+
+    def run(self, tasks: Sequence[Task], clock: Clock, deadline: float) -> None:
+        """Read all of them: every one has a reason afterwards."""
+        windows = plan([one for index, task in enumerate(tasks) for one in task.ranges(index)], self._size)
+        flying: dict[int, tuple[Window, memoryview]] = {}
+        try:
+            self._read(tasks, windows, flying, clock, deadline)
+            late = Reason.LATE
+        except DiskFailed:
+            late = Reason.IO_ERROR
+            self.broken = True
+        self.broken = self.broken or bool(flying)
+        for task in tasks:
+            task.fail(late)
+
+    def _read(
+        self,
+        tasks: Sequence[Task],
+        windows: Sequence[Window],
+        flying: dict[int, tuple[Window, memoryview]],
+        clock: Clock,
+        deadline: float,
+    ) -> None:
+        following = 0
+        idle = list(self._views)
+        touched: set[int] = set()
+        while following < len(windows) or flying or touched:
+            batch = []
+            while following < len(windows) and idle:
+                window = windows[following]
+                view = idle.pop()
+                self._tags += 1
+                flying[self._tags] = (window, view)
+                batch.append(Transfer(Op.READ, window.offset, view[: window.end - window.offset], self._tags))
+                following += 1
+            if batch:
+                self._channel.submit(batch)
+            # While those are in flight.
+            for index in touched:
+                tasks[index].verify()
+            touched.clear()
+            if not flying:
+                continue
+            left = deadline - clock.monotonic()
+            ended = self._channel.wait(1, left) if left > 0 else []
+            if not ended and left <= 0:
+                return
+            for completion in ended:
+                window, view = flying.pop(completion.tag)
+                for part in window.parts:
+                    if completion.error:
+                        tasks[part.index].fail(Reason.IO_ERROR)
+                    else:
+                        tasks[part.index].take(
+                            view[part.offset - window.offset : part.end - window.offset], part.offset
+                        )
+                        touched.add(part.index)
+                idle.append(view)
+
+    def close(self) -> None:
+        """End the channel: bounded (see `Channel.close`)."""
+        self._channel.close()
+        for view in self._views:
+            self._buffers.give(view)
+        self._buffers.close()
+
+
+class ReaderPool:
+    """A bounded number of readers, made when first needed. Safe to call from several threads."""
+
+    def __init__(self, make: Callable[[], BatchReader], most: int) -> None:
+        self._make = make
+        self._changed = threading.Condition()
+        self._idle: list[BatchReader] = []
+        self._broken: list[BatchReader] = []
+        self._room = most
+        self._closed = False
+
+    def take(self, timeout_s: float) -> BatchReader | None:
+        """A reader, or None when none is free in time. Raises `DiskFailed` when none can be made."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._idle or self._room or self._closed, max(0.0, timeout_s))
+            if self._closed:
+                return None
+            if self._idle:
+                return self._idle.pop()
+            if not self._room:
+                return None
+            self._room -= 1
+        reader = None
+        try:
+            reader = self._make()
+        finally:
+            if reader is None:
+                self._more_room()
+        return reader
+
+    def give(self, reader: BatchReader) -> None:
+        """Give back what `take` returned."""
+        with self._changed:
+            if not self._closed and not reader.broken:
+                self._idle.append(reader)
+                self._changed.notify()
+                return
+            self._broken.append(reader)
+
+    def mend(self) -> bool:
+        """Close the broken ones, so that others can be made; whether there were any. May wait as closing a channel
+        does.
+        """
+        with self._changed:
+            broken, self._broken = self._broken, []
+        for reader in broken:
+            reader.close()
+            self._more_room()
+        return bool(broken)
+
+    def _more_room(self) -> None:
+        with self._changed:
+            self._room += 1
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Close all; one that is in use when it is given back and `mend` is called."""
+        with self._changed:
+            self._closed = True
+            self._broken += self._idle
+            self._idle = []
+            self._changed.notify_all()
+        self.mend()

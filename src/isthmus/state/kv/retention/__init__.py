@@ -1,0 +1,1 @@
+"""Which records stay: policies, hints and quotas, all pure."""
