@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.io.buffers import AlignedBuffers
-from isthmus.state.kv.io.transfers import Completion, Op, Transfer, admit, past_the_end
+from isthmus.state.kv.io.transfers import Completion, Op, Transfer, admit
 
 ATOM = 512
 Call = Callable[[str], None]
@@ -195,7 +195,8 @@ class SimChannel:
             disk.apply(transfer.offset, data)
         elif transfer.offset + len(data) <= disk.capacity:
             done = disk.random.randint(0, len(data) // ATOM) * ATOM
-            disk.apply(transfer.offset, data[:done])
+            if done:
+                disk.apply(transfer.offset, data[:done])
         return Completion(transfer.tag, error)
 
     def close(self) -> None:
@@ -205,4 +206,6 @@ class SimChannel:
 
 
 def _outside(transfer: Transfer, capacity: int) -> int:
-    return past_the_end(admit([transfer], 1)[0], capacity)
+    if transfer.offset + len(transfer.buffer) <= capacity:
+        return 0
+    return errno.EIO if transfer.op is Op.READ else errno.ENOSPC

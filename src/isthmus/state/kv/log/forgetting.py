@@ -61,12 +61,14 @@ class Forgetting:
             return table.number
 
     def finish(self, epoch: int) -> None:
-        """Every erasure up to `epoch` was carried out. Raises `DiskFailed`: then that is not known after a restart."""
+        """Every erasure up to `epoch` was carried out. Raises `DiskFailed`: then a restart will carry them out again."""
         with self._one:
             table = self._ledger.erasures.finish(epoch)
-            self._store(table)
-            with self._changed:
-                self._ledger.erasures = table
+            try:
+                self._store(table)
+            finally:
+                with self._changed:
+                    self._ledger.erasures = table
 
     def _store(self, table: ErasureTable) -> None:
         self._seq += 1
