@@ -9,13 +9,16 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import uvloop
 
+from isthmus import worker
 from isthmus.config import Settings
 from isthmus.contracts.clock import Clock, SystemClock, SystemEntropy
 from isthmus.contracts.errors import ConfigInvalid, ModelInvalid
@@ -36,7 +39,16 @@ from isthmus.observability.lineage import LineageRecorder, LineageSettings
 from isthmus.observability.logs import JsonRequestLog
 from isthmus.observability.metrics import PrometheusMetrics
 from isthmus.state.journal.sqlite import JournalSettings, open_journal
+from isthmus.state.kv.address import make_private
+from isthmus.state.kv.daemon import run_daemon
+from isthmus.state.kv.log.settings import LogSettings
+from isthmus.state.kv.settings import DaemonSettings, StoreSettings
+from isthmus.state.kv.store import open_store
 from isthmus.trust.namespace import DEFAULT_TENANT, derive_namespace, load_secret
+
+SMALL_LOG = 8 << 30
+SMALL_SEGMENT, LARGE_SEGMENT = 16 << 20, 64 << 20
+"""Segments of small logs and of others: a log has at least eight, and room is given back one by one."""
 
 
 class ServeUi(Protocol):
@@ -77,6 +89,21 @@ def serve(settings: Settings, ui: ServeUi) -> None:
     Raises what the start raises, and `EngineFailed` when the engine ends by itself.
     """
     uvloop.run(_serve(settings, ui))
+
+
+def serve_store(settings: Settings, on_ready: Callable[[str], None]) -> None:
+    """Run the block store of this host until SIGTERM or SIGINT; `on_ready(socket)` when engines may connect.
+
+    Raises `StoreError` and `ConfigInvalid` when it cannot start.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    clock, entropy = SystemClock(), SystemEntropy()
+    make_private(settings.store_socket.absolute().parent)
+    store = open_store(store_settings(settings), clock, entropy)
+    daemon = DaemonSettings(socket=str(settings.store_socket.absolute()))
+    run_daemon(store, daemon, clock, entropy, stop=stop, on_ready=on_ready)
 
 
 class Signals:
@@ -124,7 +151,7 @@ async def open_server(settings: Settings, ui: ServeUi) -> AsyncIterator[Server]:
     """A server on the running loop, closed at the end of the context (drain it first to lose nothing)."""
     clock, entropy = SystemClock(), SystemEntropy()
     async with contextlib.AsyncExitStack() as stack:
-        engine = EngineProcess.spawn(engine_settings(settings))
+        engine = EngineProcess.spawn(engine_settings(settings), worker.command(store_spec(settings)))
         stack.push_async_callback(engine.close)
         prompting = open_prompting(settings.model_folder, prompting_settings(settings), clock)
         stack.push_async_callback(prompting.close)
@@ -217,6 +244,28 @@ def engine_settings(settings: Settings) -> EngineSettings:
             memory_bytes=settings.grammar_memory,
         ),
     )
+
+
+def store_spec(settings: Settings) -> worker.StoreSpec | None:
+    """Where the engine keeps state beyond its device."""
+    if settings.store == "off":
+        return None
+    if settings.store != "own":
+        return worker.StoreSpec(daemon=str(Path(settings.store).absolute()))
+    return worker.StoreSpec(own=store_settings(settings), socket=str(settings.store_socket.absolute()))
+
+
+def store_settings(settings: Settings) -> StoreSettings:
+    """What a store with these settings is made of."""
+    log = None
+    if settings.store_disk:
+        log = LogSettings(
+            capacity=settings.store_disk,
+            segment_bytes=SMALL_SEGMENT if settings.store_disk <= SMALL_LOG else LARGE_SEGMENT,
+            wear_bytes_day=settings.store_wear,
+        )
+    path = str(settings.store_path.absolute()) if log is not None else ""
+    return StoreSettings(arena_bytes=settings.store_memory, policy=settings.store_policy, log=log, path=path)
 
 
 def sampling_defaults(settings: Settings) -> SamplingDefaults:

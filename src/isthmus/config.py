@@ -205,6 +205,24 @@ class Settings:
     state_dir: str = _setting(
         "", "State", "path", "Where state is kept; empty for `$XDG_STATE_HOME/isthmus` (`~/.local/state/isthmus`)."
     )
+    store: str = _setting(
+        "own", "State", "text",
+        "Where state goes that leaves the device: `own` (a block store in the engine's process), `off`, or the path of "
+        "the socket of `isthmus store` on this host.", pattern=r"own|off|.*/.*",
+    )  # fmt: skip
+    store_memory: int = _setting(128 * MIB, "State", "size", "DRAM of the block store.", low=MIB, high=64 * 1024 * GIB)
+    store_disk: int = _setting(
+        GIB, "State", "size", "Disk of the block store, taken at the start; 0 for none.", low=0, high=1024 * 1024 * GIB
+    )
+    store_file: str = _setting(
+        "", "State", "path", "File or raw block device of the block store; empty for `<state_dir>/store/log`."
+    )
+    store_policy: str = _setting(
+        "s3fifo", "State", "text", "Which blocks leave DRAM first.", choices=("lru", "s3fifo", "arc")
+    )
+    store_wear: int = _setting(
+        0, "State", "size", "Bytes a day that the block store may write to its disk; 0 for no limit.", high=2**60
+    )
     journal: bool = _setting(True, "State", "switch", "Record one lineage fact a request, for `isthmus explain`.")
     journal_max: int = _setting(
         16 * GIB, "State", "size", "Size of the journal, over which nothing more is recorded.", low=MIB, high=1024 * GIB
@@ -230,6 +248,16 @@ class Settings:
     def journal_path(self) -> Path:
         """The journal's file. `load` always sets `state_dir`."""
         return Path(self.state_dir) / "journal.db"
+
+    @property
+    def store_path(self) -> Path:
+        """The block store's file or device."""
+        return Path(self.store_file) if self.store_file else Path(self.state_dir) / "store" / "log"
+
+    @property
+    def store_socket(self) -> Path:
+        """Where a store answers its administrator (and, a daemon's, engines)."""
+        return Path(self.state_dir) / "store" / "store.sock"
 
     @property
     def secret_path(self) -> Path:
@@ -368,8 +396,7 @@ def _parse(spec: Spec, value: object) -> Any:
         case "number", str():
             return float(value) if re.fullmatch(r"[+-]?(\d{1,18}(\.\d{0,18})?|\.\d{1,18})", value) else None
         case "size", str():
-            found = _SIZE.fullmatch(value.strip())
-            return int(found[1]) * _UNITS[found[2] or ""] if found else None
+            return parse_size(value)
         case "list", str():
             return tuple(part.strip() for part in value.split(",") if part.strip())
         case "list", list() if all(isinstance(part, str) for part in value):
@@ -406,6 +433,12 @@ def _check_together(settings: Settings, sources: Mapping[str, str]) -> None:
         raise ConfigInvalid(f"model_name ({sources['model_name']}) is over {MAX_MODEL_NAME_CHARS} characters")
     if settings.exact and settings.dtype not in ("auto", "f32"):
         raise ConfigInvalid(f"exact ({sources['exact']}) needs dtype f32, not {settings.dtype} ({sources['dtype']})")
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes that `text` (e.g. `64MiB`) says; None when it is no size."""
+    found = _SIZE.fullmatch(text.strip())
+    return int(found[1]) * _UNITS[found[2] or ""] if found else None
 
 
 def show_size(size: int) -> str:

@@ -83,7 +83,7 @@ def test_a_bad_folder_is_a_clear_error_at_start_up(
 ) -> None:
     spoil(folder)
     command = [sys.executable, "-m", "isthmus", "serve", str(folder), "--port", "0", "--state-dir", str(tmp_path / "s")]
-    command.append("--no-compile")
+    command.extend(["--no-compile", "--store", "off"])
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert result.returncode == MODEL_STATUS
     assert words in result.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.support.requests import make_request
 
+from isthmus import worker
 from isthmus.config import Settings
 from isthmus.contracts.errors import Draining, EngineFailed, InvalidInput, ModelInvalid, Overloaded, TooLarge
 from isthmus.contracts.events import Finish, RequestOutput
@@ -33,7 +34,7 @@ async def engine(**scheduler: int) -> AsyncIterator[EngineProcess]:
     settings = EngineSettings(
         model=str(Settings().model_folder), name="fake", kv_bytes=1 << 24, scheduler=SchedulerSettings(**scheduler)
     )
-    process = EngineProcess.spawn(settings)
+    process = EngineProcess.spawn(settings, worker.command(None))
     try:
         await process.ready(quiet)
         yield process
@@ -160,7 +161,7 @@ def test_a_resumed_request_goes_on_as_if_never_interrupted() -> None:
 
 def test_a_folder_that_cannot_be_served_is_a_clear_error(tmp_path: Path) -> None:
     async def main() -> None:
-        process = EngineProcess.spawn(EngineSettings(model=str(tmp_path / "absent"), name="x"))
+        process = EngineProcess.spawn(EngineSettings(model=str(tmp_path / "absent"), name="x"), worker.command(None))
         try:
             with pytest.raises(ModelInvalid, match="absent"):
                 await process.ready(quiet)

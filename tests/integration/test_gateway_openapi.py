@@ -89,4 +89,4 @@ def test_schemathesis_finds_no_violation(tmp_path: Path) -> None:
         )  # fmt: skip
     told = "\n".join(line[:400] for line in done.stdout.splitlines())
     assert done.returncode == 0, told[-6000:] + done.stderr[-2000:]
-    assert "Tested: 12" in done.stdout
+    assert "Tested: 13" in done.stdout

@@ -55,7 +55,7 @@ def test_it_installs_and_serves_apart_from_the_source_tree(wheel: Path, tmp_path
     code = """
 import subprocess, sys, pathlib, isthmus, urllib.request, json
 assert pathlib.Path(isthmus.__file__).is_relative_to(sys.argv[1]), isthmus.__file__
-command = [sys.executable, "-m", "isthmus", "serve", "--port", "0", "--no-compile"]
+command = [sys.executable, "-m", "isthmus", "serve", "--port", "0", "--no-compile", "--store-disk", "160MiB"]
 server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 url = next(word for line in server.stderr for word in line.split() if word.startswith("http://"))
 body = json.dumps({"model": "isthmus", "prompt": "Hello", "max_tokens": 3}).encode()

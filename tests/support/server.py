@@ -48,7 +48,7 @@ def serve(state: Path, *flags: str) -> Iterator[Served]:
     state.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "isthmus.cli.main", "serve", "--port", "0", "--state-dir", str(state)]
     # Not every server of the tests is to compile: those that ask for it do.
-    command += ["--no-compile", *flags]
+    command += ["--no-compile", "--store", "off", *flags]
     with (state / "stderr").open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
     try:

@@ -14,6 +14,7 @@ import msgspec
 from tests.support.requests import make_request
 from tokenizers import Tokenizer
 
+from isthmus import worker
 from isthmus.config import Settings
 from isthmus.contracts.constraints import Constraint, ConstraintKind
 from isthmus.contracts.errors import IsthmusError
@@ -56,7 +57,7 @@ async def engine(grammar: GrammarSettings | None = None, **options: Any) -> Asyn
         grammar=grammar or GrammarSettings(compile_s=20.0, step_s=20.0),
         scheduler=SchedulerSettings(**options),
     )
-    process = EngineProcess.spawn(settings)
+    process = EngineProcess.spawn(settings, worker.command(None))
     try:
         await process.ready(lambda stage, fraction: None)
         yield process

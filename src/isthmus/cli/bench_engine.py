@@ -70,22 +70,39 @@ def _targets(arguments: argparse.Namespace, threads: int, dtype: str, work: Path
     common = [str(arguments.folder), str(threads), dtype]
     profile = ["--profile-steps"] if arguments.profile else []
     modes = {OURS: profile} | ({"isthmus-exact": ["--exact", *profile]} if arguments.exact else {})
-    found: list[Target] = [_own(name, flags, common, work) for name, flags in modes.items()]
+    large = ["--kv-memory", "1GiB", "--store", "off"]
+    found: list[Target] = [own_server(name, [*large, *flags], common, work) for name, flags in modes.items()]
     for peer in arguments.peer:
-        python = arguments.peers_dir.absolute() / peer / "bin" / "python"
-        if not python.exists():
-            raise CommandFailed(f"{peer} has no environment; make it: sh benchmarks/peers/make.sh {peer}", USAGE)
-        found.append(_peer(peer, str(python), common, work))
+        python = _python(peer, arguments.peers_dir)
+        found.append(_peer(peer, python, common, work))
     return found
 
 
-def _own(name: str, flags: list[str], common: list[str], work: Path) -> Target:
+def _python(peer: str, folder: Path) -> str:
+    """The interpreter of a peer's environment. Raises `CommandFailed` when it was not made."""
+    python = folder.absolute() / peer / "bin" / "python"
+    if not python.exists():
+        raise CommandFailed(f"{peer} has no environment; make it: sh benchmarks/peers/make.sh {peer}", USAGE)
+    return str(python)
+
+
+def peer_server(name: str, folder: Path, common: list[str], work: Path) -> ServerTarget:
+    """A peer that is a server. Raises `CommandFailed` when its environment was not made, or it is none."""
+    target = _peer(name, _python(name, folder), common, work)
+    if not isinstance(target, ServerTarget):
+        raise CommandFailed(f"{name} is no server", USAGE)
+    return target
+
+
+def own_server(name: str, flags: list[str], common: list[str], work: Path) -> ServerTarget:
+    """A server of this engine, with `flags`; `common` are the model's folder, threads and dtype."""
     folder, threads, dtype = common
+    # Where the compiled pieces are; whatever else is kept there is of earlier runs and is never asked for again.
     state = Path(folder) / f"{name}-state"
     command = [sys.executable, "-m", "isthmus", "serve", folder, "--port", "{port}", "--state-dir", str(state), *flags]
     if "--exact" not in flags:
         flags = [*flags, "--dtype", dtype]
-    command += ["--threads", threads, "--model-name", _NAME, "--kv-memory", "1GiB"]
+    command += ["--threads", threads, "--model-name", _NAME]
     return ServerTarget(name, command, {}, work / f"{name}.log", _NAME)
 
 

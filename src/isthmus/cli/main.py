@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import isthmus
-from isthmus.cli import bench, chat, complete, configure, explain, model, serve
+from isthmus.cli import bench, chat, complete, configure, explain, model, serve, store
 from isthmus.cli.failure import FAILED, INTERRUPTED, STATUSES, USAGE, CommandFailed, status_of
 from isthmus.cli.terminal import Screen
 from isthmus.contracts.errors import IsthmusError
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"isthmus {isthmus.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (serve, chat, complete, model, explain, bench, configure):
+    for command in (serve, chat, complete, model, explain, store, bench, configure):
         command.add_parser(commands)
     return parser
 

@@ -4,7 +4,6 @@
 the session's next turn is about to come. See state_hints.py for what a request's own headers say.
 """
 
-from isthmus.contracts.blocks import MAX_SESSION_CHARS
 from isthmus.contracts.events import SessionHint
 from isthmus.gateway.context import Call
 from isthmus.gateway.decode import decode_json
@@ -12,14 +11,10 @@ from isthmus.gateway.render import encode
 from isthmus.gateway.schema_requests import HintRequest
 from isthmus.gateway.schema_responses import Status
 from isthmus.gateway.service import Service
-from isthmus.gateway.state_hints import refused, seconds_of
 
 
 async def give_hint(service: Service, call: Call) -> None:
     """Pass on a hint about a session."""
     body = decode_json(call.exchange.request, HintRequest, service.settings)
-    if not 1 <= len(body.session) <= MAX_SESSION_CHARS:
-        raise refused(f"session has 1 to {MAX_SESSION_CHARS} characters", "session")
-    seconds = seconds_of(body.seconds, "seconds")
-    service.engine.hint(SessionHint(service.deps.namespace, body.session, body.hint, seconds))
+    service.engine.hint(SessionHint(service.deps.namespace, body.session, body.hint, body.seconds))
     await call.exchange.respond(200, encode(Status("ok")), "application/json")

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from isthmus.contracts.blocks import HintKind
+from isthmus.contracts.blocks import MAX_SESSION_CHARS, HintKind
 from isthmus.contracts.ids import MAX_MODEL_NAME_CHARS
 from isthmus.contracts.prompting import MAX_MESSAGES, MAX_TOOL_CALLS, MAX_TOOLS
-from isthmus.contracts.requests import MAX_PROMPT_TOKENS, PRIORITY_RANGE
+from isthmus.contracts.requests import MAX_DEADLINE_S, MAX_PROMPT_TOKENS, PRIORITY_RANGE
 from isthmus.contracts.sampling import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -196,6 +196,6 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 class HintRequest(msgspec.Struct, forbid_unknown_fields=True):
     """The body of POST /v1/state/hints."""
 
-    session: str
+    session: Annotated[str, Meta(min_length=1, max_length=MAX_SESSION_CHARS)]
     hint: HintKind
-    seconds: float = 0.0
+    seconds: Annotated[float, Meta(ge=0, le=MAX_DEADLINE_S)] = 0.0

@@ -38,23 +38,18 @@ def state_hints(call: Call) -> StateHints:
     headers = call.exchange.request.headers
     session, said = headers.get(SESSION_HEADER, ""), headers.get(HINT_HEADER)
     if len(session) > MAX_SESSION_CHARS:
-        raise refused(f"{SESSION_HEADER} has at most {MAX_SESSION_CHARS} characters", SESSION_HEADER)
+        raise _refused(f"{SESSION_HEADER} has at most {MAX_SESSION_CHARS} characters", SESSION_HEADER)
     if said is None:
         return StateHints(session)
     found = _HINT.fullmatch(said)
     if found is None or ((found[2] is None) == (HintKind(found[1]) in _TIMED)):
         message = f"{HINT_HEADER} is turn_ended, done, waiting=<seconds> or pin=<seconds>"
-        raise refused(message, HINT_HEADER)
-    return StateHints(session, HintKind(found[1]), seconds_of(float(found[2] or 0), HINT_HEADER))
+        raise _refused(message, HINT_HEADER)
+    seconds = float(found[2] or 0)
+    if seconds > MAX_DEADLINE_S:
+        raise _refused(f"{HINT_HEADER} is at most {MAX_DEADLINE_S:.0f} seconds ahead", HINT_HEADER)
+    return StateHints(session, HintKind(found[1]), seconds)
 
 
-def seconds_of(value: float, field: str) -> float:
-    """`value`, if it is a time that a hint may name. Raises `HttpError` 400."""
-    if not 0 <= value <= MAX_DEADLINE_S:
-        raise refused(f"seconds are from 0 to {MAX_DEADLINE_S:.0f}", field)
-    return value
-
-
-def refused(message: str, param: str) -> HttpError:
-    """The error for a hint that is not one."""
+def _refused(message: str, param: str) -> HttpError:
     return HttpError(400, message, code="invalid_input", param=param)

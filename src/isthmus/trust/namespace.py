@@ -40,7 +40,7 @@ def load_secret(path: Path, entropy: Entropy) -> bytes:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return _read(path)
+        return read_secret(path)
     except OSError as error:
         raise ConfigInvalid(f"state_dir: {path} cannot be made: {error.strerror}") from error
     secret = entropy.token_bytes(SECRET_BYTES)
@@ -51,7 +51,8 @@ def load_secret(path: Path, entropy: Entropy) -> bytes:
     return secret
 
 
-def _read(path: Path) -> bytes:
+def read_secret(path: Path) -> bytes:
+    """The installation's secret. Raises `ConfigInvalid` when it is not there, or not its owner's alone."""
     try:
         with path.open("rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:

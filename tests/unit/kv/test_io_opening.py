@@ -40,6 +40,23 @@ def test_a_new_file_is_private_reserved_and_whole(path: Path) -> None:
     disk.close()
 
 
+def test_a_file_has_no_size_before_it_has_its_room(path: Path) -> None:
+    class Watching(Calls):
+        """What a crash after any of these calls would leave."""
+
+        def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+            super().fallocate(fd, mode, offset, length)
+            left.append((path.stat().st_size, path.stat().st_blocks * 512 >= CAPACITY))
+
+        def fsync(self, fd: int) -> None:
+            left.append((path.stat().st_size, path.stat().st_blocks * 512 >= CAPACITY))
+            super().fsync(fd)
+
+    left: list[tuple[int, bool]] = []
+    make(path, calls=Watching())
+    assert left == [(0, True), (CAPACITY, True), (CAPACITY, True)]
+
+
 @pytest.mark.parametrize("capacity", [0, SECTOR - 1, SECTOR + 512, -SECTOR, 1 << 62])
 def test_a_capacity_is_whole_sectors(path: Path, capacity: int) -> None:
     with pytest.raises(InvalidInput) as caught:

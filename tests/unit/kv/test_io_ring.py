@@ -225,6 +225,29 @@ def test_closing_after_the_thread_has_ended_sees_its_completions(tmp_path: Path)
     disk.close()
 
 
+def test_a_disk_closed_by_another_thread_can_be_opened_at_once(tmp_path: Path) -> None:
+    """Its rings are taken down by the kernel later, and hold the file until then: the lock must not wait for that."""
+    for _ in range(5):
+        disk = opened(tmp_path)
+        channel = channel_of(disk)
+        done, read_once = threading.Event(), threading.Event()
+
+        def owner(
+            channel: RingChannel = channel, read_once: threading.Event = read_once, done: threading.Event = done
+        ) -> None:
+            read(channel)
+            read_once.set()
+            done.wait(20)
+
+        thread = threading.Thread(target=owner)
+        thread.start()
+        assert read_once.wait(20)
+        disk.close()
+        opened(tmp_path).close()
+        done.set()
+        thread.join(20)
+
+
 def test_a_ring_that_is_handed_on_becomes_one_for_all(tmp_path: Path) -> None:
     disk = opened(tmp_path)
     channel = channel_of(disk)
@@ -287,15 +310,18 @@ def test_a_kernel_without_room_is_asked_until_the_time_is_over(tmp_path: Path, n
     disk.close()
 
 
-def test_a_dropped_channel_keeps_what_the_kernel_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_dropped_channel_keeps_what_the_kernel_has(tmp_path: Path, closed: bool) -> None:
     calls = StuckCalls(b"s" * SECTOR)
-    disk = opened(tmp_path, calls)
+    disk = opened(tmp_path, calls, close_s=0.05)
     channel = channel_of(disk)
     ring = channel._ring.fd
     calls.stuck = True
     memory = memoryview(mmap.mmap(-1, SECTOR))
     address = address_of(memory)
     channel.submit([Transfer(Op.READ, 0, memory, 0)])
+    if closed:
+        disk.close()
     del channel, disk, memory
     gc.collect()
     assert mapped(address)

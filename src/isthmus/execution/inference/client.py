@@ -8,11 +8,10 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from isthmus.contracts import errors
-from isthmus.contracts.errors import EngineFailed, InvalidInput, IsthmusError, Overloaded
+from isthmus.contracts.errors import DiskFailed, EngineFailed, InvalidInput, IsthmusError, Overloaded, StoreUnavailable
 from isthmus.contracts.events import (
     Abort,
     Command,
@@ -52,6 +51,8 @@ def to_error(info: ErrorInfo) -> IsthmusError:
         return kind(info.message, info.field)
     if kind is Overloaded:
         return Overloaded(info.message, info.retry_after_s or 1.0)
+    if kind is DiskFailed:
+        return StoreUnavailable(info.message)  # the number of the system's error stayed in that process
     return kind(info.message)
 
 
@@ -73,14 +74,18 @@ class EngineProcess:
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    def spawn(cls, settings: EngineSettings) -> "EngineProcess":
-        """Start the process at once; `ready` awaits it. Lets other start-up work run while torch is imported."""
+    def spawn(cls, settings: EngineSettings, command: Sequence[str]) -> "EngineProcess":
+        """Start `command`, a worker (worker.py), at once, with `--fd N` for its end of the socket; `ready` awaits it.
+        Lets other start-up work run while torch is imported.
+        """
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with far:
-            command = [sys.executable, "-m", "isthmus.execution.inference.process", "--fd", str(far.fileno())]
             # A session of its own: Ctrl-C in a terminal reaches the parent alone, which drains first.
             process = subprocess.Popen(
-                command, pass_fds=[far.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                [*command, "--fd", str(far.fileno())],
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         near.sendall(encode_frame(settings))
         return cls(process, near)

@@ -5,11 +5,10 @@ Only the parent holds the other end, so the hop is authenticated by construction
 gone: the process ends. Nothing of a request is kept once it ended, and nothing is logged but errors without content.
 """
 
-import argparse
 import select
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -200,15 +199,17 @@ class Loop:
         return refused
 
 
-def serve(link: Link, store: BlockStore | None = None) -> None:
-    """Load the model, then run until the parent hangs up. A start-up error is sent as `Failed`. State that leaves the
-    device is kept in `store` and loaded from it.
+def serve(link: Link, open_store: Callable[[], BlockStore | None]) -> None:
+    """Load the model, then run until the parent hangs up. State that leaves the device is kept in the store, if
+    there is one, and loaded from it.
     """
     settings = link.settings()
     link.send(Progress("starting", 0.0))
     kept = one_heap()
     from isthmus.execution.inference.runner import open_runner
 
+    link.send(Progress("opening the block store", 0.0))
+    store = open_store()
     runner = open_runner(settings, lambda stage, fraction: link.send(Progress(stage, fraction)))
     if not (keep_freed() and kept):
         sys.stderr.write("isthmus-engine: this libc cannot be told to keep freed memory; steps will be slower\n")
@@ -242,13 +243,12 @@ def serve(link: Link, store: BlockStore | None = None) -> None:
         bell.close()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `python -m isthmus.execution.inference.process --fd N`."""
-    parser = argparse.ArgumentParser(prog="isthmus-engine", description="The engine process; started by isthmus serve.")
-    parser.add_argument("--fd", type=int, required=True, help="the inherited end of the socket pair")
-    link = Link(socket.socket(fileno=parser.parse_args(arguments).fd))
+def run(link: Link, open_store: Callable[[], BlockStore | None] = lambda: None) -> int:
+    """Serve the parent at the other end of `link` until it hangs up; the exit status. A start-up error, of the store's,
+    too, is sent as `Failed`.
+    """
     try:
-        serve(link)
+        serve(link, open_store)
     except (Hangup, KeyboardInterrupt):
         return 0
     except IsthmusError as error:
@@ -259,7 +259,3 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

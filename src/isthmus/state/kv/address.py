@@ -44,7 +44,7 @@ class Address:
 
     def __init__(self, path: Path, entropy: Entropy) -> None:
         self.path = path
-        _make_private(path.parent)
+        make_private(path.parent)
         self._lock = _lock(path.with_name(path.name + ".lock"))
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._lock)
@@ -72,7 +72,8 @@ class Address:
         os.close(self._lock)
 
 
-def _make_private(folder: Path) -> None:
+def make_private(folder: Path) -> None:
+    """Make the folder, for its owner alone. Raises `ConfigInvalid` when that cannot be, or it is others', too."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()

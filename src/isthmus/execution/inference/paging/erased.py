@@ -28,7 +28,7 @@ class Owners:
 
     def erase(self, event: Erased) -> None:
         """These scopes were forgotten: drop what of them is not in use, note the rest."""
-        scopes = {(one.namespace_id, one.session_id) for one in event.erasures}
+        scopes = {(one.namespace_id, one.session_id or NO_SESSION) for one in event.erasures}
         for key, owner in self._owner.items():
             whole, part = (owner.namespace_id, NO_SESSION), (owner.namespace_id, owner.session_id)
             if event.everything or whole in scopes or part in scopes:

@@ -23,7 +23,8 @@ FULL, GROWN, SHRUNK, SPARSE = 85, 72, 78, 69
 _MIN_HOMES = 512
 _OVERFLOW = 256  # slots behind the last home: at a load of .85 a run over them is less likely than 2**-100
 _JOINED = 50  # percent of a region that two partitions may fill when they become one
-_FEW_KEYS = 8192  # fewer in a partition, and half-filled pages are more than a byte a key
+_CROWD = 12
+FEW_KEYS = 8192  # fewer in a partition, and half-filled pages are more than a byte a key
 _MAX_BASE = 16
 _LOCATION_MASK = (1 << probing.LOCATION_BITS) - 1
 _SPILLED_BYTES = 200
@@ -88,15 +89,17 @@ class Partitions:
         """The slots at which the search for each begins."""
         return (asked.parts << self.bits) + probing.home(asked.prints, self.directory.homes.take(asked.parts))
 
-    def crowded(self, parts: Ints, crowd: int) -> NDArray[np.bool_]:
-        """Which partitions would be full with one key more for each time that they are in `parts`, or get more than
-        one for every `crowd` keys that they have.
+    def crowded(self, parts: Ints, *, coming: bool) -> NDArray[np.bool_]:
+        """For which of the partitions named, each as often as it has keys to add or to remove, a rebuild is the best
+        way: because the keys that come would fill it, or because they are many for what it holds.
         """
         directory = self.directory
-        new = np.bincount(parts, minlength=directory.parts)
+        change = np.bincount(parts, minlength=directory.parts)
         keys, homes = directory.keys[: directory.parts], directory.homes[: directory.parts]
-        crowded: NDArray[np.bool_] = (new > 0) & (((keys + new) * 100 > homes * FULL) | (new * crowd > keys))
-        return crowded
+        crowded: NDArray[np.bool_] = change * _CROWD > keys
+        if coming:
+            crowded |= (keys + change) * 100 > homes * FULL
+        return np.logical_and(crowded, change > 0)
 
     def full(self, part: int) -> bool:
         """Whether one more key is too many, and something can be done about it."""
@@ -121,6 +124,16 @@ class Partitions:
             words, tags = words[new], tags[new]
         self._store(part, *probing.merge(*self.content(part), words, tags))
 
+    def shed(self, part: int, words: Words, tags: Tags) -> NDArray[np.bool_]:
+        """Remove words with their tags; which of them were there. Those in the dictionary stay."""
+        held, held_tags = self.content(part)
+        found = probing.locate(held, held_tags, words, tags)
+        gone: NDArray[np.bool_] = found >= 0
+        stay = np.ones(len(held), np.bool_)
+        stay[found[gone]] = False
+        self._store(part, held[stay], held_tags[stay])
+        return gone
+
     def grow(self, part: int) -> None:
         """Make room for one more."""
         self._store(part, *self.content(part), more=1)
@@ -132,7 +145,7 @@ class Partitions:
             part = directory.slot[hashed >> directory.shift]
             keys, homes = directory.key[part], directory.home[part]
             sparse = keys * 100 < homes * SPARSE
-            if not sparse and keys >= _FEW_KEYS:
+            if not sparse and keys >= FEW_KEYS:
                 return
             sibling = directory.sibling(part)
             if sibling is not None and (keys + directory.key[sibling]) * 100 <= self._most_homes * _JOINED:

@@ -123,3 +123,25 @@ def merge(old: Words, old_tags: Tags, new: Words, new_tags: Tags) -> tuple[Words
     stay = np.ones(len(words), np.bool_)
     stay[few[1:][equal]] = False
     return words[stay], tags[stay]
+
+
+def locate(held: Words, held_tags: Tags, words: Words, tags: Tags) -> Ints:
+    """Where in `held`, fingerprints ascending, each pair of `words` and `tags` is, or -1. No place twice."""
+    if not len(held):
+        return np.full(len(words), -1)
+    order = np.argsort(~held, kind="stable")  # nearly ordered already
+    ranked = ~held.take(order)
+    first = np.minimum(np.searchsorted(ranked, ~words), len(held) - 1)
+    places = order.take(first)
+    same = held.take(places) == words
+    right = same & (held_tags.take(places) == tags)
+    found = np.where(right, places, -1)
+    for index in np.flatnonzero(same & ~right).tolist():
+        # The same word under several tags: two keys at one location.
+        others = order[first[index] : np.searchsorted(ranked, ~words[index], "right")]
+        mine = others[held_tags[others] == tags[index]]
+        found[index] = mine[0] if mine.size else -1
+    repeated = np.ones(len(found), np.bool_)
+    repeated[np.unique(found, return_index=True)[1]] = False
+    found[repeated] = -1
+    return found

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import KEY_BYTES
 from isthmus.state.kv.index import probing
-from isthmus.state.kv.index.partitions import PRINT_MASK, SPARSE, TAG_MASK, Asked, Partitions
+from isthmus.state.kv.index.partitions import FEW_KEYS, PRINT_MASK, SPARSE, TAG_MASK, Asked, Partitions
 from isthmus.state.kv.index.probing import LOCATION_BITS, LOCATIONS, PRINT_BITS, Ints, Words
 
 MAX_EXPECTED = 1 << 30
@@ -34,7 +34,6 @@ _HASH_BYTES = 8
 _CHUNK = 16_384
 _FEW = 32  # up to so many keys are found quicker one by one
 _FEW_CHANGES = 64  # ... are put and removed quicker one by one
-_CROWD = 12
 _LOCATION_MASK = (1 << LOCATION_BITS) - 1
 _GREATEST = (1 << 64) - 1
 _HASH = np.dtype("<u8")
@@ -82,7 +81,7 @@ class FingerprintTable:
         """All locations that may be the key's, for when the first one's record has another key."""
         hashed = _hash(key)
         found = []
-        at, bound, tag = self._seek(hashed)
+        _, at, bound, tag = self._seek(hashed)
         words, tags = self._slots.word, self._slots.tag
         while (location := bound - words[at]) < LOCATIONS:
             if tags[at] == tag:
@@ -121,15 +120,11 @@ class FingerprintTable:
             return
         asked = self._parts.ask(hashes)
         words = probing.bounds(asked.prints) - places
-        crowded = self._parts.crowded(asked.parts, _CROWD)
-        if crowded.any():
-            many = crowded.take(asked.parts)
-            self._absorb(asked.take(np.flatnonzero(many)), words[many])
-            few = np.flatnonzero(~many)
-            asked, words = asked.take(few), words[few]
-        for start in range(0, len(words), _CHUNK):
-            which = np.arange(start, min(start + _CHUNK, len(words)))
-            self._insert(asked.take(which), words[which])
+        crowd, rest = self._crowd(asked, coming=True)
+        for part, which in crowd:
+            self._parts.absorb(part, words.take(which), asked.tags.take(which))
+        for which in rest:
+            self._insert(asked.take(which), words.take(which))
 
     def remove(self, keys: NDArray[np.uint8], locations: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Remove pairs of key and location; which of them were there. A pair that is named twice was there once."""
@@ -137,10 +132,18 @@ class FingerprintTable:
         if len(hashes) <= _FEW_CHANGES:
             pairs = zip(hashes.tolist(), places.tolist(), strict=True)
             return np.array([self._drop(hashed, location) for hashed, location in pairs], np.bool_)
+        asked = self._parts.ask(hashes)
+        words = probing.bounds(asked.prints) - places
         gone = np.zeros(len(hashes), np.bool_)
-        for start in range(0, len(hashes), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            gone[chunk] = self._remove(hashes[chunk], places[chunk])
+        crowd, rest = self._crowd(asked, coming=False)
+        for part, which in crowd:
+            gone[which] = self._parts.shed(part, words.take(which), asked.tags.take(which))
+        for which in rest:
+            gone[which] = self._remove(asked.take(which), words.take(which))
+        if self._spilled:
+            for index in np.flatnonzero(~gone).tolist():
+                gone[index] = self._unspill(int(hashes[index]), int(places[index]))
+        self._relax(asked)
         return gone
 
     def replace(self, keys: NDArray[np.uint8], old: NDArray[np.uint64], new: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -155,9 +158,9 @@ class FingerprintTable:
 
     # One hash.
 
-    def _seek(self, hashed: int) -> tuple[int, int, int]:
-        """The slot where words of the fingerprint are or would be, the greatest of those words, and the tag. As long as
-        that less the word at a slot is under `LOCATIONS`, it is a location.
+    def _seek(self, hashed: int) -> tuple[int, int, int, int]:
+        """The partition; the slot where words of the fingerprint are or would be; the greatest of those words; the tag.
+        As long as that greatest one less the word at a slot is under `LOCATIONS`, it is a location.
         """
         directory, words = self._directory, self._slots.word
         part = directory.slot[hashed >> directory.shift]
@@ -167,10 +170,10 @@ class FingerprintTable:
         at = (part << self._bits) + (fingerprint * directory.home[part] >> PRINT_BITS)
         while words[at] > bound:
             at += 1
-        return at, bound, window >> PRINT_BITS & TAG_MASK
+        return part, at, bound, window >> PRINT_BITS & TAG_MASK
 
     def _first(self, hashed: int) -> int:
-        at, bound, tag = self._seek(hashed)
+        _, at, bound, tag = self._seek(hashed)
         words, tags = self._slots.word, self._slots.tag
         while (location := bound - words[at]) < LOCATIONS:
             if tags[at] == tag:
@@ -180,29 +183,27 @@ class FingerprintTable:
             return self._spilled.get(hashed >> self._shift, (-1,))[0]
         return -1
 
-    def _exact(self, hashed: int, location: int) -> int:
-        """The slot of a pair; less than 0 when no slot holds it: -1 - the slot where it belongs."""
-        at, bound, tag = self._seek(hashed)
-        words, tags = self._slots.word, self._slots.tag
-        place, wanted = at, bound - location
+    def _holds(self, hashed: int, location: int) -> bool:
+        return self._exact(*self._seek(hashed)[1:], location) >= 0 or self._has_spilled(hashed, location)
+
+    def _exact(self, at: int, bound: int, tag: int, location: int) -> int:
+        """The slot of a pair, from where `_seek` ended; -1 when no slot holds it."""
+        words, wanted = self._slots.word, bound - location
         while bound - (word := words[at]) < LOCATIONS:
-            if word == wanted and tags[at] == tag:
+            if word == wanted and self._slots.tag[at] == tag:
                 return at
             at += 1
-        return -1 - place
+        return -1
 
     def _add(self, hashed: int, location: int) -> None:
-        parts, directory, words, tags = self._parts, self._directory, self._slots.word, self._slots.tag
-        at = self._exact(hashed, location)
-        if at >= 0 or (self._spilled and location in self._spilled.get(hashed >> self._shift, ())):
+        parts, directory = self._parts, self._directory
+        part, at, bound, tag = self._seek(hashed)
+        if self._exact(at, bound, tag, location) >= 0 or self._has_spilled(hashed, location):
             return
-        part = directory.slot[hashed >> directory.shift]
         if parts.full(part):
             parts.grow(part)
-            part = directory.slot[hashed >> directory.shift]
-            words, tags = self._slots.word, self._slots.tag
-            at = self._exact(hashed, location)
-        end = at = -1 - at
+            part, at, bound, tag = self._seek(hashed)
+        words, tags, end = self._slots.word, self._slots.tag, at
         while words[end]:
             end += 1
         if end & parts.mask > parts.last:
@@ -211,20 +212,19 @@ class FingerprintTable:
         if end > at:
             words[at + 1 : end + 1] = words[at:end]
             tags[at + 1 : end + 1] = tags[at:end]
-        window = hashed >> self._shift
-        words[at] = _GREATEST - ((window & PRINT_MASK) << LOCATION_BITS | location)
-        tags[at] = window >> PRINT_BITS & TAG_MASK
+        words[at] = bound - location
+        tags[at] = tag
         directory.key[part] += 1
-        directory.tip[part] = max(directory.tip[part], (end & parts.mask) + 1)
+        top = (end & parts.mask) + 1
+        directory.tip[part] = max(directory.tip[part], top)
 
     def _discard(self, hashed: int, location: int) -> bool:
-        at = self._exact(hashed, location)
+        part, at, bound, tag = self._seek(hashed)
+        at = self._exact(at, bound, tag, location)
         if at < 0:
             return self._unspill(hashed, location)
-        directory, words, tags = self._directory, self._slots.word, self._slots.tag
-        part = directory.slot[hashed >> directory.shift]
+        directory, words, tags, end = self._directory, self._slots.word, self._slots.tag, at + 1
         homes, base = directory.home[part], part << self._bits
-        end = at + 1
         while (word := words[end]) and base + ((_GREATEST - word >> LOCATION_BITS) * homes >> PRINT_BITS) < end:
             end += 1
         words[at : end - 1] = words[at + 1 : end]
@@ -241,6 +241,9 @@ class FingerprintTable:
             self._parts.relax(hashed)
         return gone
 
+    def _has_spilled(self, hashed: int, location: int) -> bool:
+        return bool(self._spilled) and location in self._spilled.get(hashed >> self._shift, ())
+
     def _unspill(self, hashed: int, location: int) -> bool:
         name = hashed >> self._shift
         held = self._spilled.get(name, [])
@@ -253,7 +256,7 @@ class FingerprintTable:
 
     def _swap(self, hashed: int, old: int, new: int) -> bool:
         if old == new:
-            return self._exact(hashed, old) >= 0 or old in self._spilled.get(hashed >> self._shift, ())
+            return self._holds(hashed, old)
         if not self._discard(hashed, old):
             return False
         self._add(hashed, new)
@@ -277,13 +280,21 @@ class FingerprintTable:
             found[index] = self._first(int(hashes[index]))
         return found
 
-    def _absorb(self, asked: Asked, words: Words) -> None:
-        """Add many words to few partitions, one by one."""
-        order = np.argsort(asked.parts << PRINT_BITS | asked.prints)
-        parts, words, tags = asked.parts[order], words[order], asked.tags[order]
+    def _crowd(self, asked: Asked, *, coming: bool) -> tuple[list[tuple[int, Ints]], list[Ints]]:
+        """Those of a batch that are many for their partition, partition by partition, by fingerprint; and the others,
+        in pieces that fit a cache.
+        """
+        crowded = self._parts.crowded(asked.parts, coming=coming)
+        if not crowded.any():
+            few = np.arange(len(asked.parts))
+            return [], [few[start : start + _CHUNK] for start in range(0, len(few), _CHUNK)]
+        of_many = crowded.take(asked.parts)
+        many, few = np.flatnonzero(of_many), np.flatnonzero(~of_many)
+        many = many.take(np.argsort(asked.parts.take(many) << PRINT_BITS | asked.prints.take(many)))
+        parts = asked.parts.take(many)
         starts = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
-        for start, end in itertools.pairwise(starts):
-            self._parts.absorb(int(parts[start]), words[start:end], tags[start:end])
+        crowd = [(int(parts[start]), many[start:end]) for start, end in itertools.pairwise(starts)]
+        return crowd, [few[start : start + _CHUNK] for start in range(0, len(few), _CHUNK)]
 
     def _insert(self, asked: Asked, new: Words) -> None:
         """Add words to partitions that have room for them. In each round those that move no common neighbour."""
@@ -313,13 +324,11 @@ class FingerprintTable:
         for index in [*single, *left.tolist()]:
             self._add(int(asked.hashes[index]), int(~new[index]) & _LOCATION_MASK)
 
-    def _remove(self, hashes: Words, places: Words) -> NDArray[np.bool_]:
+    def _remove(self, asked: Asked, wanted: Words) -> NDArray[np.bool_]:
         """As `_insert`, the other way."""
         parts, directory, words, tags = self._parts, self._directory, self._slots.words, self._slots.tags
-        asked = parts.ask(hashes)
-        wanted = probing.bounds(asked.prints) - places
-        gone = np.zeros(len(hashes), np.bool_)
-        left, single = np.arange(len(hashes)), list[int]()
+        gone = np.zeros(len(wanted), np.bool_)
+        left, single = np.arange(len(wanted)), list[int]()
         while left.size > _FEW_CHANGES:
             now = asked.take(left)
             at = parts.homes(now)
@@ -327,8 +336,7 @@ class FingerprintTable:
             probing.seek(words, at, bound)
             found = words.take(at)
             hit = (found == wanted.take(left)) & (tags.take(at) == now.tags)
-            alike = bound - found < _NO_LOCATION
-            single += left[~hit if self._spilled else alike & ~hit].tolist()
+            single += left[(bound - found < _NO_LOCATION) & ~hit].tolist()
             hits = np.flatnonzero(hit)
             ends = at.take(hits) + 1
             where = now.parts.take(hits)
@@ -341,14 +349,14 @@ class FingerprintTable:
             hit[chosen] = False
             left = left[hit]
         for index in [*single, *left.tolist()]:
-            gone[index] = self._discard(int(hashes[index]), int(places[index]))
-        self._relax(asked)
+            gone[index] = self._discard(int(asked.hashes[index]), int(~wanted[index]) & _LOCATION_MASK)
         return gone
 
     def _relax(self, asked: Asked) -> None:
         directory = self._directory
         parts, first = np.unique(asked.parts, return_index=True)
-        sparse = directory.keys.take(parts) * 100 < directory.homes.take(parts) * SPARSE
+        keys = directory.keys.take(parts)
+        sparse = (keys * 100 < directory.homes.take(parts) * SPARSE) | (keys < FEW_KEYS)
         for hashed in asked.hashes[first[sparse]].tolist():
             self._parts.relax(hashed)
 
@@ -362,7 +370,7 @@ class FingerprintTable:
         # Alone with its fingerprint, and meant once: nothing else is the pair that comes, or what another one means.
         hit &= bound - words.take(at + 1) >= _NO_LOCATION
         _, back, times = np.unique(at, return_inverse=True, return_counts=True)
-        hit &= times.take(back) == 1
+        hit &= (times.take(back) == 1) & (not self._spilled)
         done: NDArray[np.bool_] = hit.copy()
         words[at[hit]] = (bound - new)[hit]
         del words, tags  # what follows may move them

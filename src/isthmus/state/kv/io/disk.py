@@ -81,7 +81,10 @@ class Disk(Protocol):
         ...
 
     def zero(self, offset: int, length: int) -> None:
-        """Make a range read as zeros, without giving back its room. Durable after a `sync`. Raises `DiskFailed`."""
+        """Make a range read as zeros, without giving back its room. Durable after a `sync`. Raises `DiskFailed`.
+
+        The filesystem may only note that: cells of the medium can keep the old bytes, as they do after any write to it.
+        """
         ...
 
     def close(self) -> None:

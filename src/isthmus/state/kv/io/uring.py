@@ -131,7 +131,6 @@ class Ring:
         places = (((head + step) & self._mask) * 64 + _USER_DATA_AT for step in range(count))
         taken = [int.from_bytes(self._entries[at : at + 8], "little") for at in places]
         self._tail = head
-        self._words[self._tail_at] = head
         return taken
 
     def reap(self) -> list[tuple[int, int]]:
