@@ -1,4 +1,4 @@
-"""LMCache as a peer: `lmcache_store.py KIND FOLDER BYTES`, driven over records.py.
+"""LMCache as a peer: `lmcache_store.py KIND FOLDER MEMORY BYTES`, driven over records.py.
 
 KIND is what keeps the records
 - cpu: its LocalCPUBackend. A put takes memory of the backend and copies the record to it, a get copies it from there.
@@ -99,6 +99,8 @@ class Cpu:
 
     def settle(self) -> None: ...
 
+    def cool(self) -> None: ...
+
     def get(self, items: Sequence[Item]) -> None:
         for item, held in zip(items, self._backend.batched_get_blocking([item.key for item in items]), strict=True):
             item.target.copy_(held.tensor)
@@ -176,6 +178,8 @@ class FsNative:
 
     def settle(self) -> None: ...
 
+    def cool(self) -> None: ...
+
     def get(self, items: Sequence[Any]) -> None:
         task = self._adapter.submit_load_task([item[0] for item in items], [item[2] for item in items])
         found = None
@@ -214,7 +218,7 @@ def quickest_threads(memory: Memory) -> int:
 
 def main() -> None:
     """Make the store, then answer."""
-    kind, folder, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    kind, folder, path, size = *sys.argv[1:4], int(sys.argv[4])
 
     def make(memory: Memory) -> Any:
         torch.set_num_threads(quickest_threads(memory))
@@ -222,7 +226,7 @@ def main() -> None:
             return Cpu(size)
         return Disk(size, folder) if kind == "disk" else FsNative(folder)
 
-    serve(make, size)
+    serve(make, path, size)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Mooncake as a peer: `mooncake_store.py KIND BYTES`, driven over records.py.
+"""Mooncake as a peer: `mooncake_store.py KIND MEMORY BYTES`, driven over records.py.
 
 KIND is where the records lie
 - tcp: in another process, the owner of a segment, reached over TCP on loopback.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from records import Memory, Record, serve
 
 HOST = "127.0.0.1"
 WAIT_S = 60.0
+NEVER_S = 86_400
 LOCAL_BYTES = 16 << 20
 SEGMENT_SHARE = 1.5
 _POLL_S = 0.1
@@ -72,6 +74,8 @@ class Mooncake:
         paths = ":".join(str(library.parent) for library in libraries())
         command = [str(Path(mooncake.__file__).with_name("mooncake_master"))]
         command += ["-rpc_port", str(port), "-metrics_port", str(free_port())]
+        # It is stopped while others are measured: nobody is given up for that.
+        command += ["-client_ttl", str(NEVER_S)]
         environment = {**os.environ, "LD_LIBRARY_PATH": paths}
         self._children = [subprocess.Popen(command, env=environment, stdout=sys.stderr)]
         wait_for(port)
@@ -81,9 +85,8 @@ class Mooncake:
             if not self._children[1].stdout.readline():
                 raise ConnectionError("the owner of the segment does not start")
         self._store = connected(segment if local else 0, port)
-        for view, address in zip((memory.source, memory.target), memory.addresses, strict=True):
-            if self._store.register_buffer(address, len(view)):
-                raise MemoryError("Mooncake does not register the memory")
+        if self._store.register_buffer(memory.address, 2 * memory.size):
+            raise MemoryError("Mooncake does not register the memory")
 
     def prepare(self, record: Record) -> tuple[str, Record]:
         return record.key.hex(), record
@@ -94,6 +97,8 @@ class Mooncake:
             raise OSError("Mooncake did not take a record")
 
     def settle(self) -> None: ...
+
+    def cool(self) -> None: ...
 
     def get(self, items: Sequence[tuple[str, Record]]) -> None:
         keys, addresses = [key for key, _ in items], [record.target_address for _, record in items]
@@ -131,13 +136,14 @@ def wait_for(port: int) -> None:
 
 def main() -> None:
     """Make the store, then answer; or be the owner of a segment until the input ends."""
-    kind, size = sys.argv[1], int(sys.argv[2])
-    if kind == "owner":
-        store = connected(size, int(sys.argv[3]))
+    if sys.argv[1] == "owner":
+        store = connected(int(sys.argv[2]), int(sys.argv[3]))
         os.write(1, b"ready\n")
         sys.stdin.read()
         store.close()
         return
+    kind, path, size = *sys.argv[1:3], int(sys.argv[3])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     made: list[Mooncake] = []
 
     def make(memory: Memory) -> Mooncake:
@@ -145,7 +151,7 @@ def main() -> None:
         return made[0]
 
     try:
-        serve(make, size)
+        serve(make, path, size)
     finally:
         for one in made:
             one.close()

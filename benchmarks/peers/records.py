@@ -3,8 +3,8 @@
 A question is a line `{"size", "records", "batch", "seed"}`. The store puts so many records of that size, `batch` in a
 call, from the producer's memory, and gets them into the consumer's; what is in the consumer's memory then is compared.
 The answer has, for each operation, the seconds of each call, the seconds of all of them and of what ended them, and
-the CPU seconds of every process of the store meanwhile. Memory of both is resident before anything is measured, and
-4096-byte-aligned; a record never shares its place with another of the same question.
+the CPU seconds of every process of the store meanwhile. Memory of both is the same for every store, resident before
+anything is measured, and 4096-byte-aligned; a record never shares its place with another of the same question.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import random
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
+PAGE = 4096
 PIECE = 1 << 20
 
 
@@ -47,6 +48,9 @@ class Store(Protocol):
     def settle(self) -> None:
         """Return when everything that was put can be read from where this store keeps it."""
 
+    def cool(self) -> None:
+        """Keep nothing nearer than where it is to be read from. Not measured."""
+
     def get(self, batch: Sequence[Any]) -> None: ...
     def drop(self, records: Sequence[Any]) -> None:
         """Forget them all. Not measured."""
@@ -56,17 +60,15 @@ class Store(Protocol):
 
 
 class Memory:
-    """The producer's and the consumer's memory, `size` bytes each. The producer's is random bytes, the same always."""
+    """The producer's and the consumer's memory, in the file at `path`, one after the other, `size` bytes each."""
 
-    def __init__(self, size: int) -> None:
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.source, self.target = (memoryview(mmap.mmap(-1, size, flags=private)) for _ in range(2))
-        draw = random.Random(size)
-        for at in range(0, size, PIECE):
-            self.source[at : at + PIECE] = draw.randbytes(min(PIECE, size - at))
-        self.addresses = tuple(
-            ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in (self.source, self.target)
-        )
+    def __init__(self, path: str, size: int) -> None:
+        descriptor = os.open(path, os.O_RDWR)
+        whole = memoryview(mmap.mmap(descriptor, 2 * size))
+        os.close(descriptor)
+        self.address, self.size = ctypes.addressof(ctypes.c_char.from_buffer(whole)), size
+        self.source, self.target = whole[:size], whole[size:]
+        bytes(self.source[::PAGE])
         self.clear(size)
 
     def clear(self, size: int) -> None:
@@ -74,15 +76,19 @@ class Memory:
         for at in range(0, size, PIECE):
             self.target[at : at + PIECE] = bytes(min(PIECE, size - at))
 
+    def intact(self, size: int) -> bool:
+        """Whether the consumer has what the producer had."""
+        spans = (slice(at, min(at + PIECE, size)) for at in range(0, size, PIECE))
+        return all(bytes(self.source[span]) == bytes(self.target[span]) for span in spans)
+
     def records(self, question: dict[str, int]) -> list[Record]:
         """Those of a question."""
         size, label = question["size"], json.dumps(sorted(question.items()))
         found = []
         for number in range(question["records"]):
             key = blake2b(f"{label} {number}".encode(), digest_size=32).digest()
-            span, addresses = slice(number * size, (number + 1) * size), self.addresses
-            places = (address + number * size for address in addresses)
-            found.append(Record(key, self.source[span], self.target[span], *places))
+            span, place = slice(number * size, (number + 1) * size), self.address + number * size
+            found.append(Record(key, self.source[span], self.target[span], place, place + self.size))
         return found
 
 
@@ -116,18 +122,18 @@ def answer(store: Store, memory: Memory, question: dict[str, int]) -> dict[str, 
     items = [store.prepare(record) for record in memory.records(question)]
     try:
         found = {"put": measured(store, items, question["batch"], put=True)}
+        store.cool()
         found["get"] = measured(store, items, question["batch"], put=False)
     finally:
         store.drop(items)
-    intact = memory.source[:size] == memory.target[:size]
-    return {**found, "intact": bool(intact)}
+    return {**found, "intact": memory.intact(size)}
 
 
-def serve(make: Callable[[Memory], Store], size: int) -> None:
+def serve(make: Callable[[Memory], Store], path: str, size: int) -> None:
     """Say that the store is ready; then answer each line. `size`: bytes of the largest question."""
     # What a library prints must not be taken for an answer: it goes to the log.
     out, sys.stdout = sys.stdout, sys.stderr
-    memory = Memory(size)
+    memory = Memory(path, size)
     store = make(memory)
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
