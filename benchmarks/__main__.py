@@ -5,7 +5,7 @@ import importlib
 
 from benchmarks.common import lock
 
-NAMES = ("parity", "exactness", "serving", "structured", "snapshots")
+NAMES = ("parity", "exactness", "serving", "structured", "snapshots", "learned_index")
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import msgspec
 
 from isthmus.contracts.blocks import BlockStore
 from isthmus.contracts.clock import SystemClock, SystemEntropy
-from isthmus.execution.inference.process import Link, run
 from isthmus.state.kv.address import make_private
 from isthmus.state.kv.client import open_client
 from isthmus.state.kv.daemon import Daemon
@@ -66,6 +65,9 @@ def opener(spec: StoreSpec | None, stack: ExitStack) -> Callable[[], BlockStore 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `python -m isthmus.worker --fd N [--store JSON]`."""
+    # torch comes with it; the server's process imports this module for the command line only.
+    from isthmus.execution.inference.process import Link, run
+
     parser = argparse.ArgumentParser(prog="isthmus-worker", description="An engine process; started by isthmus serve.")
     parser.add_argument("--fd", type=int, required=True, help="the inherited end of the socket pair")
     parser.add_argument("--store", default="", help="what the block store is made of, as JSON; none without")

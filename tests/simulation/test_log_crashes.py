@@ -12,7 +12,6 @@ import random
 
 import pytest
 from tests.support.logs import World, opened, read_all, workload
-from tests.support.scale import examples
 from tests.support.sim_disk import SimDisk
 
 from isthmus.contracts.blocks import Reason

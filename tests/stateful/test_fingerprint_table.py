@@ -190,5 +190,5 @@ class TableMachine(RuleBasedStateMachine):
 
 TestFingerprintTable = TableMachine.TestCase
 TestFingerprintTable.settings = settings(
-    max_examples=examples(60, 1000), stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=examples(40, 1000), stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )

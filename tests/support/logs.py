@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from tests.support.sim_disk import SimDisk
+
 from isthmus.contracts.blocks import Lifetime, Outcome, Owner, Reason, RecordKind, Shape, Want
 from isthmus.contracts.clock import ManualClock
 from isthmus.contracts.errors import DiskFailed
@@ -14,7 +16,6 @@ from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.opening import open_log
 from isthmus.state.kv.log.records import LogRead, LogRecord
 from isthmus.state.kv.log.settings import LogSettings
-from tests.support.sim_disk import SimDisk
 
 SEGMENT = 64 << 10
 EXTENT = 16 << 10

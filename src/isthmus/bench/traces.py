@@ -164,7 +164,7 @@ class _Builder:
         if self._base + most >= 1 << 31:
             raise TooLarge(f"{self._path}: too many block ids", "hash_ids")
         for path in paths:
-            path += self._base
+            np.add(path, self._base, out=path)
         self._base += most
         self._first = len(self._requests)
         self.sessions += 1

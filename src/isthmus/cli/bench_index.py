@@ -46,8 +46,7 @@ def lines(found: dict[str, Any]) -> list[str]:
             words = f"  {name.removesuffix('_ns'):<9} ns a key by batch  {figures}"
             shown.append(f"{words}; dict  {beside}" if beside else words)
         single = table["put_single_ms"]
+        pauses = f"longest single put {single['longest']} ms (CPU {single['longest_cpu']}), p99.9 {single['p99.9']} ms"
         wrong = f"{table['false_positives']} of {table['false_positives_of']}"
-        shown.append(
-            f"  longest single put {single['longest']} ms, p99.9 {single['p99.9']} ms; found by mistake {wrong}"
-        )
+        shown.append(f"  {pauses}; found by mistake {wrong}")
     return shown

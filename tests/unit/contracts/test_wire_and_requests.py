@@ -50,6 +50,12 @@ def test_a_frame_over_the_limit_is_refused_before_it_arrives() -> None:
         encode_frame("too long", limit=4)
 
 
+def test_text_that_is_no_utf_8_is_a_violation() -> None:
+    reader: FrameReader[str] = FrameReader(str)
+    with pytest.raises(WireViolation, match="schema"):
+        reader.feed(b"\x03\0\0\0\xa2\xaa\xff")
+
+
 def test_a_frame_of_another_type_is_refused() -> None:
     reader: FrameReader[Command] = FrameReader(Command)
     with pytest.raises(WireViolation, match="schema"):

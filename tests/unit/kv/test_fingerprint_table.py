@@ -195,11 +195,17 @@ def test_without_memory_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(slots: Slots, regions: int) -> None:
         raise OSError("no memory")
 
+    def add_all() -> None:
+        for place in range(1000, 40_000):
+            table.add(keys[place].tobytes(), place)
+
     with monkeypatch.context() as patch:
         patch.setattr(Slots, "_resize", refuse)
         with pytest.raises(MemoryError):
-            for place in range(1000, 40_000):
-                table.add(keys[place].tobytes(), place)
+            table.put(keys, numbers(40_000))
+        assert (table.find(keys[:1000]) == np.arange(1000)).all()
+        with pytest.raises(MemoryError):
+            add_all()
     kept = len(table)
     assert 1000 < kept < 40_000
     assert (table.find(keys[:kept]) == np.arange(kept)).all()
@@ -223,6 +229,8 @@ def test_other_bad_input_is_refused() -> None:
         table.put(some_keys(1), numbers(1, LOCATIONS))
     with pytest.raises(InvalidInput, match="location"):
         table.add(bytes(32), LOCATIONS)
+    with pytest.raises(InvalidInput, match="32 bytes"):
+        table.get(bytes(31))
     with pytest.raises(InvalidInput, match="expected"):
         FingerprintTable(-1)
     with pytest.raises(InvalidInput, match="power of two"):

@@ -422,7 +422,7 @@ def test_garbage_ends_one_connection_only(standing: House, greet: bool, junk: li
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with house(tmp_path_factory.mktemp("standing"), frame_s=0.2, handshake_s=0.2) as here:
+    with house(tmp_path_factory.mktemp("standing")) as here:
         yield here
 
 

@@ -120,7 +120,8 @@ class EngineCore:
 
     def hint(self, hint: SessionHint) -> None:
         """Pass on what is known about the future of a session's state; nothing without a block store."""
-        self._scheduler.hint(hint)
+        if self._scheduler.paging is not None:
+            self._scheduler.paging.hint(hint)
 
     def drain(self) -> None:
         """Refuse every request from now on."""
@@ -159,8 +160,8 @@ class EngineCore:
         step = self._steps.popleft()
         result = step.handle.result()
         now = self._clock.monotonic()
-        if not step.ahead:
-            self._scheduler.measured(step.batch, now - step.began)
+        if self._scheduler.paging is not None and not step.ahead:
+            self._scheduler.paging.measured(step.batch.tokens, now - step.began)
         with self._scheduling():
             outputs = self._scheduler.update(step.batch, result, now)
         self._pump()

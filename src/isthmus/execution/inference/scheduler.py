@@ -22,7 +22,7 @@ recomputes what is not cached any more. The first in the order always fits alone
 import itertools
 from collections.abc import Iterable
 
-from isthmus.contracts.events import EngineStats, ErrorInfo, Finish, ModelInfo, RequestOutput, SessionHint
+from isthmus.contracts.events import EngineStats, ErrorInfo, Finish, ModelInfo, RequestOutput
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
 from isthmus.contracts.requests import EngineRequest
@@ -43,9 +43,6 @@ from isthmus.execution.inference.sequence import Sequence, State
 from isthmus.execution.inference.settings import SchedulerSettings
 from isthmus.execution.inference.tree import PrefixTree
 from isthmus.execution.inference.waiting import WaitingQueue
-
-MEASURED_TOKENS = 64
-"""Steps of fewer tokens say little about how fast prompts are computed."""
 
 
 class Scheduler:
@@ -126,10 +123,10 @@ class Scheduler:
             sequence.failure = error
             self.abort(request_id, now, Finish.REJECTED if sequence.first_token is None else Finish.ERROR)
 
-    def hint(self, hint: SessionHint) -> None:
-        """Pass on what is known about the future of a session's state."""
-        if self._paging is not None:
-            self._paging.hint(hint)
+    @property
+    def paging(self) -> Paging | None:
+        """What is loaded from the block store and written to it; None without one."""
+        return self._paging
 
     def drain(self) -> None:
         """Refuse every request from now on."""
@@ -310,11 +307,6 @@ class Scheduler:
             self._wake(woken)
             if sequence.doomed is not None:
                 self._end(sequence, sequence.doomed, now)
-
-    def measured(self, batch: Batch, seconds: float) -> None:
-        """`batch` took so long: what loading is weighed against."""
-        if self._paging is not None and batch.tokens >= MEASURED_TOKENS:
-            self._paging.rates.computed(batch.tokens, seconds)
 
     def _block(self, sequence: Sequence, key: BlockKey) -> None:
         self._waiting.remove(sequence)

@@ -54,6 +54,7 @@ class Attendant:
             self._ending = True
             self._changed.notify_all()
         self._thread.join(_END_S)
+        self._expire = lambda: None
 
     def hinted(self, kind: HintKind, keys: Sequence[BlockKey], seconds: float) -> None:
         """What follows of a hint for what is brought when."""

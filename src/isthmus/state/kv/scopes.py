@@ -1,7 +1,7 @@
 """What is being forgotten, and who is still writing: a record of a forgotten scope must not come in behind its back.
 
 Promises: from `begin` on nothing of the scope is let in (`refuses`); `wait` returns true only when no write that
-began before is under way; `end` lets new writes in again. Every wait has a limit. Safe from several threads.
+began before it is under way; `end` lets new writes in again. Every wait has a limit. Safe from several threads.
 """
 
 import threading
@@ -67,16 +67,16 @@ class Scopes:
             del self._writing[number]
             self._changed.notify_all()
 
-    def begin(self, scope: Scope) -> None:
-        """From now on nothing of the scope is let in."""
+    def begin(self, scope: Scope) -> frozenset[int]:
+        """From now on nothing of the scope is let in. The writes under way that may have brought in some of it."""
         with self._changed:
             self._forgetting.append(scope)
+            return frozenset(number for number, owners in self._writing.items() if any(map(scope.covers, owners)))
 
-    def wait(self, scope: Scope, timeout_s: float) -> bool:
-        """Wait for the writes under way that may bring in something of the scope; whether all have ended."""
+    def wait(self, writes: frozenset[int], timeout_s: float) -> bool:
+        """Wait for these writes; whether all have ended."""
         with self._changed:
-            waited_for = {number for number, owners in self._writing.items() if any(map(scope.covers, owners))}
-            return self._changed.wait_for(lambda: not waited_for & self._writing.keys(), timeout_s)
+            return self._changed.wait_for(lambda: not writes & self._writing.keys(), timeout_s)
 
     def end(self, scope: Scope, number: int | None) -> Erasure | None:
         """It is forgotten, as erasure `number` (0: the next one); None: it could not be. New writes are let in."""

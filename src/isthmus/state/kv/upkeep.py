@@ -58,13 +58,13 @@ class Upkeep:
         scope = Scope(owner.namespace_id, owner.session_id)
         scopes, dram, log = self.parts.scopes, self.parts.dram, self.parts.log
         number: int | None = None
-        scopes.begin(scope)
+        writes = scopes.begin(scope)
         try:
             records = dram.take_out(scope)
             for record in records:
                 dram.arena.erase_bytes(record)
             dram.unpin(records)
-            if not scopes.wait(scope, self.parts.settings.call_s):
+            if not scopes.wait(writes, self.parts.settings.call_s):
                 raise StoreUnavailable("writes of what is to be forgotten have not ended: ask again")
             dram.wipe_free()
             number = 0 if log is None else log.forget(log_erasure.Scope.of(namespace_id, session_id))

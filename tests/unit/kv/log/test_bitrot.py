@@ -49,7 +49,7 @@ def test_every_bit_of_a_record_s_header_and_digests_counts() -> None:
     for bit in range(payload_offset(2) * 8):
         used = bit < (RECORD_HEADER + 32) * 8
         world.disk.view[start + (bit >> 3)] ^= 1 << (bit & 7)
-        outcome, data = read(world.log, target)
+        outcome, _data = read(world.log, target)
         assert (outcome.reason is Reason.HIT) == (not used), f"bit {bit}: {outcome.reason}"
         world.disk.view[start + (bit >> 3)] ^= 1 << (bit & 7)
         # What was found damaged is not found again; put it back for the next bit.

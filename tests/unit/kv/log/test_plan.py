@@ -1,5 +1,7 @@
 """Every byte wanted is brought exactly once, in windows of whole sectors."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +28,7 @@ def test_every_byte_comes_once(wanted: list[tuple[int, int]], window_bytes: int)
     for one in ranges:
         parts = sorted(brought[one.index])
         assert (parts[0][0], parts[-1][1]) == (one.offset, one.end)
-        assert all(before[1] == after[0] for before, after in zip(parts, parts[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(parts))
 
 
 def test_neighbours_are_read_together() -> None:

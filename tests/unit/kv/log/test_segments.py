@@ -23,7 +23,9 @@ SIZE = 64 << 10
 
 def rows_of(count: int, namespace: bytes = b"n" * 16, first_slot: int = 65, stamp: int = 3) -> np.ndarray:
     packed = [
-        ROW.pack(bytes([number]) * 32, namespace, b"s" * 16, stamp, number, first_slot + 64 * number, 1, 3000, 1, 0, 1, 0)
+        ROW.pack(
+            bytes([number]) * 32, namespace, b"s" * 16, stamp, number, first_slot + 64 * number, 1, 3000, 1, 0, 1, 0
+        )
         for number in range(count)
     ]
     return np.frombuffer(b"".join(packed), ENTRY)
@@ -104,11 +106,11 @@ def test_a_pinned_segment_stays() -> None:
     assert segments.pin(segment.index, 1)
     assert not segments.pin(segment.index, 2)
     assert not segments.pin(99, 1)
-    assert list(segments.victims(0.0)) == []
+    assert list(segments.victims(0)) == []
     with pytest.raises(SegmentsCorrupt):
         segments.release(segment)
     segments.unpin(segment.index)
-    assert list(segments.victims(0.0)) == [segment]
+    assert list(segments.victims(0)) == [segment]
     with pytest.raises(SegmentsCorrupt):
         segments.unpin(segment.index)
     segments.release(segment)
@@ -117,17 +119,26 @@ def test_a_pinned_segment_stays() -> None:
 
 def test_the_least_worth_goes_first() -> None:
     segments = table()
+    capacity = 8 * SIZE
     shared, session, short = (sealed(segments, lane) for lane in (Lifetime.SHARED, Lifetime.SESSION, Lifetime.SHORT))
-    assert list(segments.victims(0.0)) == [short, session, shared]
-    assert worth(short, 0.0) < worth(session, 0.0)
-    # Read recently: worth more. Old: less. Little alive: less.
-    short.hit(65, 20_000, 1000.0)
-    short.hit(400, 20_000, 1000.0)
-    assert list(segments.victims(1000.0))[0] is session
-    session.hit(65, 60_000, 100_000.0)
-    assert list(segments.victims(100_000.0))[0] is short
+    assert list(segments.victims(0)) == [short, session, shared]
+    assert worth(short, 0, capacity) < worth(session, 0, capacity)
+    # Read: worth more. Old: less. Little alive: less.
+    short.hit(65, 20_000)
+    short.hit(400, 20_000)
+    assert next(iter(segments.victims(0))) is session
+    assert next(iter(segments.victims(capacity))) is short
+    short.born = capacity
+    assert next(iter(segments.victims(capacity))) is session
     shared.alive(0, -39_000)
-    assert list(segments.victims(1000.0))[0] is shared
+    assert next(iter(segments.victims(0))) is shared
+
+
+def test_of_equals_the_oldest_goes() -> None:
+    segments = table()
+    first, second, third = (sealed(segments) for _ in range(3))
+    first.born, second.born, third.born = 200_000, 100_000, 300_000
+    assert list(segments.victims(400_000)) == [second, first, third]
 
 
 def test_hits_are_counted_by_page_and_once() -> None:
@@ -135,10 +146,10 @@ def test_hits_are_counted_by_page_and_once() -> None:
     rows = rows_of(10)
     assert not segment.was_hit(rows).any()
     for _ in range(3):
-        segment.hit(65, 3000, 5.0)
-        segment.hit(65 + 5 * 64, 3000, 6.0)
+        segment.hit(65, 3000)
+        segment.hit(65 + 5 * 64, 3000)
     assert segment.was_hit(rows).tolist() == [number in (0, 5) for number in range(10)]
-    assert (segment.hit_bytes, segment.touched) == (2 * 4096, 6.0)
+    assert segment.hit_bytes == 2 * 4096
     segment.end = SECTOR + 4 * 4096
     assert segment.hit_part == 0.5
 

@@ -43,6 +43,9 @@ from isthmus.execution.inference.tree import PrefixTree
 CHEAPER = "recompute_cheaper"
 CANCELLED = "cancelled"
 NO_ROOM = "no_room"
+MEASURED_TOKENS = 64
+"""Steps of fewer tokens say little about how fast prompts are computed."""
+
 MAX_SESSIONS = 4096
 """Sessions whose last keys are remembered, for hints between their turns."""
 
@@ -454,6 +457,11 @@ class Paging:
             self._tree.released([block])
 
     # ---- what others may see
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long: what loading is weighed against."""
+        if tokens >= MEASURED_TOKENS:
+            self.rates.computed(tokens, seconds)
 
     def held(self) -> tuple[int, list[int]]:
         """How many leases on blocks this has, and which state slots it holds."""

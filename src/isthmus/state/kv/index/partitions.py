@@ -117,11 +117,15 @@ class Partitions:
         return words.take(filled), tags.take(filled)
 
     def absorb(self, part: int, words: Words, tags: Tags) -> None:
-        """Add words, fingerprints ascending, with their tags; those that are there already stay as they are."""
+        """Add words, fingerprints ascending, with their tags; those that are there already stay as they are.
+
+        Raises `MemoryError`, and then nothing has changed.
+        """
         if self.spilled:
             pairs = zip(self._names(part, words, tags), _locations(words), strict=True)
             new = [at for at, (name, place) in enumerate(pairs) if place not in self.spilled.get(name, ())]
             words, tags = words[new], tags[new]
+        self._reserve(part, self.directory.key[part] + len(words))
         self._store(part, *probing.merge(*self.content(part), words, tags))
 
     def shed(self, part: int, words: Words, tags: Tags) -> NDArray[np.bool_]:
@@ -135,7 +139,8 @@ class Partitions:
         return gone
 
     def grow(self, part: int) -> None:
-        """Make room for one more."""
+        """Make room for one more. Raises as `absorb`."""
+        self._reserve(part, self.directory.key[part] + 1)
         self._store(part, *self.content(part), more=1)
 
     def relax(self, hashed: int) -> None:
@@ -167,13 +172,20 @@ class Partitions:
             slots.release(last, 0, top)
         self._store(part, words, tags)
 
+    def _reserve(self, part: int, count: int) -> None:
+        """Memory for all splits that `count` keys could need: once a split has begun, nothing may stop it.
+
+        At each level at most `count // _most_keys` partitions have more than `_most_keys`.
+        """
+        levels = self.directory.deepest - self.directory.prefix(part)[1]
+        self.slots.reserve(self.directory.parts + levels * (count // self._most_keys))
+
     def _store(self, part: int, words: Words, tags: Tags, more: int = 0) -> None:
         """Let the partition hold exactly these, with room for `more`; split it when they are too many for one."""
         directory = self.directory
         count = len(words) + more
         if count > self._most_keys and directory.splits(part):
             upper = (tags >> (TAG_BITS - 1 - (directory.prefix(part)[1] - directory.base))) & 1 == 1
-            self.slots.reserve(directory.parts + 1)
             new = directory.split(part)
             directory.home[new] = _MIN_HOMES
             self._store(new, words[upper], tags[upper], more)

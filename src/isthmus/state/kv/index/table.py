@@ -8,7 +8,8 @@ compares the whole key;
 - at most 16 bytes a key in all (`memory_bytes`) from 10,000 keys and half of those expected on, also when keys are
 removed again;
 - a call with one key rebuilds at most two partitions of at most 65,536 slots each;
-- a batch of keys is worked on together, whatever partitions they are in.
+- a batch of keys is worked on together, whatever partitions they are in;
+- without memory to grow, `put` and `add` raise `MemoryError`: of their keys some may be in, of others none is lost.
 
 A slot has 10 bytes: 24 bits of hash and the location in a word, 16 more bits of hash beside it. Partitions grow, split,
 shrink and join by themselves (partitions.py, directory.py); their slots are ordered (probing.py) and lie in two flat
@@ -380,6 +381,8 @@ class FingerprintTable:
 
 
 def _hash(key: bytes) -> int:
+    if len(key) != KEY_BYTES:
+        raise InvalidInput(f"a key has {KEY_BYTES} bytes, not {len(key)}", "key")
     return int.from_bytes(key[:_HASH_BYTES], "little")
 
 

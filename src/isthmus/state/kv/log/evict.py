@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from isthmus.contracts.blocks import DIGEST_BYTES, Lifetime
-from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.log.admission import Admission
 from isthmus.state.kv.log.control import Control
@@ -56,7 +55,6 @@ class Evictor:
         directories: Directories,
         admission: Admission,
         *,
-        clock: Clock,
         ahead: int,
     ) -> None:
         """`ahead`: segments to keep free beside the reserved one."""
@@ -65,7 +63,6 @@ class Evictor:
         self._control = control
         self._directories = directories
         self._admission = admission
-        self._clock = clock
         self._ahead = ahead
         self._job: _Eviction | None = None
         self._skip: dict[int, float] = {}
@@ -125,8 +122,7 @@ class Evictor:
         return True
 
     def _choose(self) -> Segment | None:
-        wall = self._clock.wall()
-        for segment in self._ledger.segments.victims(wall):
+        for segment in self._ledger.segments.victims(self._ledger.written_bytes):
             if segment.index not in self._skip and (not self.whole or segment.index in self.whole or self._short()):
                 return segment
         self.whole.clear()

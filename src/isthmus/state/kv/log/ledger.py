@@ -264,6 +264,10 @@ class Ledger:
         first = min((extent.first_sequence for extent in self.unsettled), default=self.sequence + 1)
         self.durable = max(self.durable, first - 1)
 
+    def settled(self, sequence: int) -> bool:
+        """Whether every record up to `sequence` is durable, or lost for good."""
+        return not any(one.first_sequence <= sequence and one.stage is not Stage.LOST for one in self.unsettled)
+
     # Finding and losing records
 
     def locate(self, key: bytes) -> list[int]:

@@ -21,7 +21,7 @@ _ROUNDS = 4
 
 @dataclass(slots=True)
 class _Asked:
-    """One read of a batch: where it is looked for now, and where it was already."""
+    """One read of a batch: where it is being looked for, and where it was already."""
 
     read: LogRead
     at: Location
@@ -123,6 +123,6 @@ class Lookup:
             if ledger.erasures.dead(header.key, header.owner, header.stamp):
                 reason = Reason.FORGOTTEN
             else:
-                ledger.segments[asked.at.segment].hit(asked.at.slot, header.span, self._clock.wall())
+                ledger.segments[asked.at.segment].hit(asked.at.slot, header.span)
         outcomes[index] = Outcome(reason, Tier.NVME)
         return True

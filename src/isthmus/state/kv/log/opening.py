@@ -107,7 +107,7 @@ def _assembled(ledger: Ledger, parts: _Parts, pass_time: Callable[[], None] | No
     directories = Directories(ledger, control)
     admission = Admission(settings.wear_bytes_day, ledger.geometry.segment_bytes, clock.monotonic())
     ahead = min(_MOST_AHEAD, max(1, ledger.geometry.segments // _AHEAD_PART))
-    evictor = Evictor(ledger, control, directories, admission, clock=clock, ahead=ahead)
+    evictor = Evictor(ledger, control, directories, admission, ahead=ahead)
     scrubber = Scrubber(ledger, control, committer, directories)
     forgetting = Forgetting(ledger, control, committer, directories, superblock=parts.superblock, seq=parts.erasure_seq)
     readers = ReaderPool(lambda: BatchReader(disk, settings.read_depth, settings.read_bytes), settings.readers)

@@ -35,7 +35,7 @@ from isthmus.state.kv.log.format import (
 from isthmus.state.kv.log.ledger import Ledger
 from isthmus.state.kv.log.scan import Scan, first_generation, scan_segment
 from isthmus.state.kv.log.scrub import zero_bytes
-from isthmus.state.kv.log.segments import Segment, State
+from isthmus.state.kv.log.segments import READABLE, Segment, State
 from isthmus.state.kv.log.settings import LogSettings
 
 _ROOM_TO_GO_ON = 4
@@ -167,6 +167,9 @@ class Recovery:
         ledger = self.ledger
         ledger.erasures = ledger.erasures.at_least(self.highest_stamp)
         ledger.recount()
+        used = sorted(ledger.segments.having(*READABLE), key=lambda one: (one.opened, one.generation), reverse=True)
+        for rank, segment in enumerate(used):
+            segment.born = -rank * segment.size
 
     def _look(self, segment: Segment, head: bytes | None, tail: bytes | None, wall: float) -> _Found | None:
         """What one segment is. Raises `DiskFailed` when what counts cannot be read."""
@@ -184,7 +187,7 @@ class Recovery:
             trailer = None
         if header is not None:
             segment.generation, segment.lane = header.generation, header.lane
-            segment.opened = segment.touched = min(header.opened, wall)
+            segment.opened = min(header.opened, wall)
             segment.first_sequence = header.first_sequence
         elif trailer is not None:
             segment.generation = trailer.generation
@@ -198,7 +201,7 @@ class Recovery:
                 return None
         if header is None:
             self.ledger.counts["headers_damaged"] += 1
-            segment.opened = segment.touched = wall
+            segment.opened = wall
         if trailer is not None:
             rows = read_directory(self.control, self._start(segment), trailer)
             if rows is not None:
@@ -261,6 +264,8 @@ class Recovery:
             for part in found.scan.broken:
                 begin, size = start + part.offset + HOLE_HEADER, part.size - HOLE_HEADER
                 found.dirty |= not self._done(zero_bytes, self.control, begin, size)
+            for offset, length in found.scan.unclean:
+                found.dirty |= not self._done(zero_bytes, self.control, start + offset, length)
             for offset, length in found.scan.garbage:
                 found.dirty |= not self._done(self.control.zero, start + offset, length)
             found.segment.dirty = found.dirty

@@ -16,6 +16,7 @@ from isthmus.state.kv.log.format import (
     ENTRY,
     EXTENT_HEADER,
     EXTENT_MAGIC,
+    HOLE_HEADER,
     RAW,
     RECORD_HEADER,
     ROW,
@@ -54,6 +55,8 @@ class Scan:
     end: int = SECTOR
     extents: int = 0
     broken: list[Broken] = field(default_factory=list)
+    unclean: list[tuple[int, int]] = field(default_factory=list)
+    """Bytes of holes that are not zero: somebody stopped between the hole and the zeros."""
     garbage: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -125,7 +128,10 @@ def _walk(found: Scan, data: memoryview, base: int, extent: ExtentHeader, seed: 
     while left > 0:
         hole = decode_hole(data[at : at + EXTENT_HEADER], extent.generation, seed)
         if hole is not None:
-            at, left = at + hole[0], left - hole[1]
+            size, records = hole
+            if np.frombuffer(data[at + HOLE_HEADER : at + size], np.uint8).any():
+                found.unclean.append((base + at + HOLE_HEADER, size - HOLE_HEADER))
+            at, left = at + size, left - records
             continue
         header = decode_record(data[at : at + RECORD_HEADER], seed)
         if header is None or header.generation != extent.generation or at + header.span > extent.size:

@@ -105,7 +105,7 @@ class Scrubber:
                 return 0, False
             if not self._epoch:
                 self._begin(pending)
-            if self._ledger.durable < self._after:
+            if not self._ledger.settled(self._after):
                 return 0, False
         try:
             return self._next(now)
@@ -114,7 +114,7 @@ class Scrubber:
             return 0, False
 
     def _begin(self, pending: tuple[Forgotten, ...]) -> None:
-        """A pass over all segments, once everything that was stamped before is durable."""
+        """A pass over all segments, once everything that was stamped before is where it will stay."""
         self._epoch = pending[-1].epoch
         self._table = ErasureTable(self._epoch, 0, pending)
         self._after = self._ledger.sequence

@@ -27,7 +27,7 @@ RESERVED = 1
 """Free segments that only survivors may take: without them nothing could be evicted, so nothing would get free."""
 NEVER = 1 << 62
 _PAGE = 4096
-_HALF_LIFE_S = {Lifetime.SHORT: 600.0, Lifetime.SESSION: 7200.0, Lifetime.SHARED: 86_400.0, SURVIVORS: 86_400.0}
+_HALF_LIFE = {Lifetime.SHORT: 0.25, Lifetime.SESSION: 1.0, Lifetime.SHARED: 2.0, SURVIVORS: 2.0}
 _BASE = {Lifetime.SHORT: 0.05, Lifetime.SESSION: 0.3, Lifetime.SHARED: 0.6, SURVIVORS: 0.6}
 
 
@@ -73,7 +73,8 @@ class Segment:
     lane: int = 0
     opened: float = 0.0
     """Wall clock, seconds."""
-    touched: float = 0.0
+    born: int = 0
+    """Bytes that had been written to the log when it was opened."""
     first_sequence: int = 0
     end: int = SECTOR
     records: int = 0
@@ -97,9 +98,8 @@ class Segment:
     """What is in it could not be read at the start: nothing of it is known."""
     _hits: bytearray | None = None
 
-    def hit(self, slot: int, size: int, now: float) -> None:
-        """A record at `slot` was read at `now` (wall clock)."""
-        self.touched = max(self.touched, now)
+    def hit(self, slot: int, size: int) -> None:
+        """A record of `size` bytes at `slot` was read."""
         if self._hits is None:
             self._hits = bytearray(-(-self.size // (8 * _PAGE)))
         page = slot * SLOT // _PAGE
@@ -158,15 +158,16 @@ def usage_by_namespace(rows: Rows) -> dict[bytes, int]:
     return {bytes(name).ljust(ID_BYTES, b"\0"): int(size) for name, size in zip(names, sums, strict=True)}
 
 
-def worth(segment: Segment, now: float) -> float:
-    """What keeping a segment promises: least goes first. `now`: wall clock.
+def worth(segment: Segment, written: int, capacity: int) -> float:
+    """What keeping a segment promises: least goes first. `written`: bytes written to the log so far.
 
-    Reuse expected of its class, raised by the part of it that was read, halved with every half-life that it has not
-    been touched, for the part of it that still counts.
+    Reuse expected of its class, raised by the part of it that was read, for the part of it that still counts; halved
+    with every half-life. Age is counted in turnovers of the whole log, so that a busy log and a quiet one behave alike:
+    what is hot in an old segment is carried on by survivors (as in CLOCK), not by keeping all of it.
     """
     reuse = _BASE[segment.lane] + segment.hit_part
-    idle = max(0.0, now - max(segment.touched, segment.opened))
-    return float(reuse * segment.live_bytes / segment.size * 0.5 ** min(60.0, idle / _HALF_LIFE_S[segment.lane]))
+    age = max(0, written - segment.born) / capacity
+    return float(reuse * segment.live_bytes / segment.size * 0.5 ** min(60.0, age / _HALF_LIFE[segment.lane]))
 
 
 class SegmentTable:
@@ -242,7 +243,7 @@ class SegmentTable:
             raise SegmentsCorrupt(f"segment {segment.index} is released with {segment.pins} pins")
         self.move(segment, State.FREE)
         clean = Segment(segment.index, segment.size, segment.generation)
-        for name in ("lane", "opened", "touched", "end", "records", "extents", "live_bytes", "live_records"):
+        for name in ("lane", "opened", "born", "end", "records", "extents", "live_bytes", "live_records"):
             setattr(segment, name, getattr(clean, name))
         segment.hit_bytes, segment._hits = 0, None  # noqa: SLF001 - its own kind
         segment.usage, segment.lowest_stamp, segment.dirty, segment.rows = {}, NEVER, True, None
@@ -264,10 +265,11 @@ class SegmentTable:
             raise SegmentsCorrupt(f"segment {index} is unpinned more often than pinned")
         self.all[index].pins -= 1
 
-    def victims(self, now: float) -> Iterator[Segment]:
-        """Sealed segments that nothing pins, the least worth first; `now`: wall clock."""
+    def victims(self, written: int) -> Iterator[Segment]:
+        """Sealed segments that nothing pins, the least worth first (see `worth`)."""
         sealed = [segment for segment in self.having(State.SEALED) if not segment.pins]
-        yield from sorted(sealed, key=lambda segment: (worth(segment, now), segment.opened, segment.index))
+        capacity = len(self.all) * self.size
+        yield from sorted(sealed, key=lambda one: (worth(one, written, capacity), one.opened, one.index))
 
     def check(self) -> None:
         """Raise `SegmentsCorrupt` unless every segment is in exactly one state, counted anew, and within its size."""

@@ -200,7 +200,8 @@ class Writer:
                 continue
             lane.next = segments.take(number)
             if lane.next is not None:
-                lane.next.opened = lane.next.touched = self._clock.wall()
+                lane.next.opened = self._clock.wall()
+                lane.next.born = self._ledger.written_bytes
                 lane.next.first_sequence = self._ledger.sequence + 1
                 lane.next.rows = []
                 taken.append(lane.next)

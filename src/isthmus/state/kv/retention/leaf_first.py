@@ -172,7 +172,7 @@ class LeafFirst(Generic[K]):
         aside: list[Record[K]] = []
         try:
             while gathered < size:
-                record, own = self._next(tenant, now)
+                record, own = self._next(tenant, now) if self._hinted else (self._order.take(tenant), True)
                 if record is None:
                     break
                 aside.append(record)
@@ -191,11 +191,11 @@ class LeafFirst(Generic[K]):
 
     def _next(self, tenant: Hashable | None, now: float) -> tuple[Record[K] | None, bool]:
         """The leaf that should go first, in no queue any more; and whether it is by the policy's choice."""
-        if self._hinted and (record := self._hints.first(tenant, now, self.turnover_s)) is not None:
+        if (record := self._hints.first(tenant, now, self.turnover_s)) is not None:
             return record, False
         if (record := self._order.take(tenant)) is not None:
             return record, True
-        return (self._hints.last(tenant) if self._hinted else None), False
+        return self._hints.last(tenant), False
 
     def _choose(self, record: Record[K], above: list[Record[K]]) -> None:
         self._proposed[record.key] = record
@@ -228,7 +228,7 @@ class LeafFirst(Generic[K]):
 
     def _offer(self, record: Record[K]) -> None:
         """A leaf that is in no queue goes to where it belongs."""
-        if not self._hinted or not self._hints.offer(record):
+        if not (self._hinted and self._hints.offer(record)):
             self._order.offer(record)
 
     def _offer_anew(self, record: Record[K]) -> None:
