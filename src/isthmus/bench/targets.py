@@ -70,7 +70,7 @@ class Target(Protocol):
         ...
 
 
-class _TreeTarget:
+class TreeTarget:
     """What both kinds of target share: a child with its descendants, its errors in a log. `_pipe` is its other two."""
 
     _pipe = subprocess.DEVNULL
@@ -148,7 +148,7 @@ class _TreeTarget:
                         os.kill(pid, signal.SIGKILL)
 
 
-class ServerTarget(_TreeTarget):
+class ServerTarget(TreeTarget):
     """A server: `command` with `{port}` replaced. It takes requests once GET /health is answered with 200."""
 
     def __init__(
@@ -186,8 +186,8 @@ class ServerTarget(_TreeTarget):
         return asyncio.run(ask_server(self._port, self._model, asks))
 
 
-class ScriptTarget(_TreeTarget):
-    """A script that writes `{"ready": true}`, then answers each line of asks with a line of traces."""
+class LinesTarget(TreeTarget):
+    """A script that writes `{"ready": true}`, then answers each line with a line; it ends when its input does."""
 
     _pipe = subprocess.PIPE
 
@@ -198,22 +198,30 @@ class ScriptTarget(_TreeTarget):
             raise self.failure("did not start")
         return time.monotonic() - started
 
-    def run(self, asks: Sequence[Ask]) -> list[Trace]:
-        """See `Target`."""
-        question = [{"prompt": ask.prompt, "output": ask.output, "at_s": ask.at_s} for ask in asks]
+    def ask(self, question: object) -> dict[str, Any]:
+        """The answer to one question. Raises `BadAnswer`."""
         pipe: IO[bytes] | None = self.child.stdin
         if pipe is None:
             raise BadAnswer(f"{self._name} has no input")
-        pipe.write(json.dumps(question).encode() + b"\n")
-        pipe.flush()
+        try:
+            pipe.write(json.dumps(question).encode() + b"\n")
+            pipe.flush()
+        except BrokenPipeError as error:
+            raise self.failure("has ended") from error
         answer = self._line()
-        if "traces" not in answer:
+        if not answer:
             raise self.failure("did not answer")
-        traces = [Trace(t["sent_s"], [(when, count) for when, count in t["arrivals"]]) for t in answer["traces"]]
-        for trace, ask in zip(traces, asks, strict=True):
-            if trace.tokens != ask.output:
-                raise BadAnswer(f"{self._name}: {trace.tokens} tokens came, {ask.output} were asked for")
-        return traces
+        return answer
+
+    def stop(self) -> None:
+        """See `Target`. What it started ends with it, if it is given the time for that."""
+        if self._process is not None and self._process.stdin is not None:
+            self.resume()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT_S)
+        super().stop()
 
     def _line(self) -> dict[str, Any]:
         """The next line of output that is an object; empty at the end, or when none comes in time."""
@@ -229,6 +237,21 @@ class ScriptTarget(_TreeTarget):
         finally:
             watch.cancel()
         return {}
+
+
+class ScriptTarget(LinesTarget):
+    """An engine behind a script: a line of asks is answered with a line of traces."""
+
+    def run(self, asks: Sequence[Ask]) -> list[Trace]:
+        """See `Target`."""
+        answer = self.ask([{"prompt": ask.prompt, "output": ask.output, "at_s": ask.at_s} for ask in asks])
+        if "traces" not in answer:
+            raise self.failure("gave no traces")
+        traces = [Trace(t["sent_s"], [(when, count) for when, count in t["arrivals"]]) for t in answer["traces"]]
+        for trace, ask in zip(traces, asks, strict=True):
+            if trace.tokens != ask.output:
+                raise BadAnswer(f"{self._name}: {trace.tokens} tokens came, {ask.output} were asked for")
+        return traces
 
 
 def free_port() -> int:
