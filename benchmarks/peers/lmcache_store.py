@@ -195,7 +195,7 @@ class FsNative:
             raise TimeoutError("LMCache did not answer")
         os.read(descriptor, 8)
 
-    def drop(self, items: Sequence[Any]) -> None:
+    def drop(self, _: Sequence[Any]) -> None:
         for path in self._folder.rglob("*"):
             if path.is_file():
                 path.unlink()

@@ -52,7 +52,7 @@ class Store(Protocol):
         """Keep nothing nearer than where it is to be read from. Not measured."""
 
     def get(self, batch: Sequence[Any]) -> None: ...
-    def drop(self, records: Sequence[Any]) -> None:
+    def drop(self, items: Sequence[Any], /) -> None:
         """Forget them all. Not measured."""
 
     def processes(self) -> Sequence[int]:

@@ -18,7 +18,7 @@ import pytest
 from tests.support.server import Served, serve
 
 from isthmus.contracts.clock import SystemClock
-from isthmus.state.kv.admin import RemoteAdmin
+from isthmus.state.kv.administrator import Administrator
 
 OWN = ("--store", "own", "--store-memory", "16MiB", "--store-disk", "160MiB")
 PROMPT = "The keeper of the lighthouse counts the ships and writes their names. " * 20
@@ -49,11 +49,11 @@ def reused(server: Served, tier: str) -> float:
 
 def all_durable(server: Served, socket: Path) -> None:
     """Wait until everything computed so far is written behind and durable."""
-    admin = RemoteAdmin(socket, SystemClock())
+    admin = Administrator(socket, SystemClock())
 
     def done() -> bool:
         owed = server.metric("isthmus_paging")
-        stats = admin.stats()
+        stats = admin.status()
         return owed >= 0 and stats.sequence > 0 and stats.durable == stats.sequence
 
     try:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from tests.support.logs import World, opened, read_all, workload
+from tests.support.scale import examples
 from tests.support.sim_disk import SimDisk
 
 from isthmus.contracts.blocks import Reason

@@ -23,7 +23,7 @@ import numpy as np
 
 from isthmus.bench.client import BadAnswer
 from isthmus.bench.disk_limits import DiskRate, disk_rates
-from isthmus.bench.meters import other_load, read
+from isthmus.bench.meters import memory_bytes, other_load, read
 from isthmus.bench.targets import LinesTarget
 from isthmus.config import show_size
 
@@ -34,9 +34,10 @@ MOST_BATCH_BYTES = 128 << 20
 MOST_RECORDS = 1024
 OPERATIONS = ("put", "get")
 DISK_SECONDS = 0.15
-DISK_BYTES = 512 << 20
+_DISK_LEAST, _DISK_MOST = 64 << 20, 512 << 20
 _SETTLE_S = 0.1
 _DIGITS = 4
+_SECTOR = 512
 
 Say = Callable[[str], None]
 
@@ -72,13 +73,17 @@ def cases(sizes: Sequence[int], total: int) -> list[Case]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured. Nothing is asked for again once `seconds` are over, and no round is begun then."""
+    """What is measured. Once `seconds` are over nothing is asked for again and, after the first round, nothing at all.
+
+    `disk_seconds`: of each measurement of the disk without a store.
+    """
 
     cases: Sequence[Case]
     rounds: int
     seed: int
     seconds: float
     folder: Path
+    disk_seconds: float = DISK_SECONDS
 
 
 @dataclass(slots=True)
@@ -92,12 +97,21 @@ class StoreRuns:
 
 @dataclass(slots=True)
 class Found:
-    """Everything that was measured. `rounds` is how many there were time for."""
+    """Everything that was measured. `rounds` is how many there were time for; most bytes of memory that all stores
+    together took, and of files.
+    """
 
     stores: dict[str, StoreRuns] = field(default_factory=dict)
     disk: list[DiskRate] = field(default_factory=list)
     disk_load: list[float] = field(default_factory=list)
     rounds: int = 0
+    memory_bytes: int = 0
+    file_bytes: int = 0
+
+
+def disk_bytes(total: int) -> int:
+    """Of the file in which the disk is measured, beside cases of at most `total` bytes."""
+    return min(_DISK_MOST, max(_DISK_LEAST, 2 * total))
 
 
 def measure(targets: Sequence[LinesTarget], plan: Plan, say: Say) -> Found:
@@ -111,26 +125,35 @@ def measure(targets: Sequence[LinesTarget], plan: Plan, say: Say) -> Found:
                 _ask(target, case, -1 - plan.seed)
             target.pause()
         for number in range(plan.rounds):
-            if number and time.monotonic() > until:
-                break
-            say(f"round {number + 1}: the disk")
-            _measure_disk(plan.folder, found)
-            for case in plan.cases:
-                for place in range(len(targets)):
-                    target = targets[(place + number) % len(targets)]
-                    seed = (plan.seed * 1000 + number) * MOST_TRIES
-                    say(_measure_one(target, case, seed, until, found.stores[target.name]))
-            found.rounds += 1
+            _round(targets, plan, number, until, found=found, say=say)
     finally:
         for target in targets:
             target.stop()
     return found
 
 
-def _measure_disk(folder: Path, found: Found) -> None:
-    before = read([os.getpid()])
-    found.disk += disk_rates(folder, DISK_SECONDS, DISK_BYTES)
-    found.disk_load.append(round(other_load(before, read([os.getpid()])), _DIGITS))
+def _round(targets: Sequence[LinesTarget], plan: Plan, number: int, until: float, *, found: Found, say: Say) -> None:
+    """One round, or the part of it that there is time for."""
+    if number and time.monotonic() > until:
+        return
+    say(f"round {number + 1}: the disk")
+    own = [os.getpid()]
+    before = read(own)
+    total = max(case.total for case in plan.cases)
+    found.disk += disk_rates(plan.folder, plan.disk_seconds, disk_bytes(total))
+    found.disk_load.append(round(other_load(before, read(own)), _DIGITS))
+    for case in plan.cases:
+        if number and time.monotonic() > until:
+            return
+        for place in range(len(targets)):
+            target = targets[(place + number) % len(targets)]
+            seed = (plan.seed * 1000 + number) * MOST_TRIES
+            say(_measure_one(target, case, seed, until, found.stores[target.name]))
+    found.rounds += 1
+    taken = sum(memory_bytes(target.processes()) for target in targets) + memory_bytes(own)
+    found.memory_bytes = max(found.memory_bytes, taken)
+    files = sum(path.stat().st_blocks * _SECTOR for path in plan.folder.rglob("*") if path.is_file())
+    found.file_bytes = max(found.file_bytes, files + disk_bytes(total))
 
 
 def _measure_one(target: LinesTarget, case: Case, seed: int, until: float, into: StoreRuns) -> str:

@@ -1,4 +1,4 @@
-"""This store as `isthmus bench store` measures it, and copies without any store: `python -m isthmus.bench.store_ours
+"""The block store as `isthmus bench store` measures it, and plain copies: `python -m isthmus.bench.store_ours
 KIND FOLDER MEMORY BYTES` answers questions (store_records.py).
 
 Every record has `CHUNKS` layer chunks, each with its digest. Kinds
@@ -59,7 +59,9 @@ from isthmus.state.kv.settings import DaemonSettings, StoreSettings
 from isthmus.state.kv.store import Store, open_store
 
 CHUNKS = 16
-LOG_BYTES = 768 << 20
+LOG_SHARE = 3
+SMALL_BYTES = 128 << 20
+LEAST_SEGMENTS = 12
 ARENA_SHARE = 1.25
 WAIT_S = 60.0
 LEASE_S = 60.0
@@ -155,7 +157,7 @@ class Ported:
         with self.store.lease([want.key for want in wants], LEASE_S) as lease:
             expect(self.store.read(lease, wants, WAIT_S), Reason.HIT)
 
-    def drop(self, items: Sequence[Item]) -> None:
+    def drop(self, _: Sequence[Item]) -> None:
         """See `Measured`. The store evicts what is oldest by itself."""
 
     def processes(self) -> Sequence[int]:
@@ -176,9 +178,9 @@ class Tiered(Ported):
         if len(self._arena):
             raise StoreError(f"{len(self._arena)} records stay in the arena")
 
-    def drop(self, items: Sequence[Item]) -> None:
+    def drop(self, _: Sequence[Item]) -> None:
         """See `Measured`. What was read stays longer than what was not, unless it is told to go."""
-        self._admin.evict(Tier.NVME, LOG_BYTES, WAIT_S)
+        self._admin.evict(Tier.NVME, sum(tier.capacity for tier in self.store.stats().tiers), WAIT_S)
 
 
 class Logged:
@@ -196,9 +198,7 @@ class Logged:
         records = []
         for record, want in batch:
             digests = self._digests(record.source, want.shape.chunk_bytes)
-            records.append(
-                LogRecord(record.key, None, OWNER, want.shape, Lifetime.SESSION, digests, record.source)
-            )
+            records.append(LogRecord(record.key, None, OWNER, want.shape, Lifetime.SESSION, digests, record.source))
         expect(self._log.append(records, WAIT_S), Reason.STORED)
         if self._each:
             self.settle()
@@ -224,9 +224,9 @@ class Logged:
             for place in places:
                 self._log.unpin(place)
 
-    def drop(self, items: Sequence[Any]) -> None:
+    def drop(self, _: Sequence[Any]) -> None:
         """See `Measured`. What was read stays longer than what was not, unless it is told to go."""
-        self._log.evict(LOG_BYTES, WAIT_S)
+        self._log.evict(self._log.stats().capacity, WAIT_S)
 
     def processes(self) -> Sequence[int]:
         """See `Measured`."""
@@ -249,7 +249,7 @@ def _copy_believed(source: memoryview, target: memoryview, chunk_bytes: int, dig
     return _copy_zeros(source, target, chunk_bytes) == digests
 
 
-def _zero(data: memoryview) -> bytes:
+def _zero(_: memoryview) -> bytes:
     return bytes(DIGEST_BYTES)
 
 
@@ -269,6 +269,11 @@ def believe_everything() -> None:
 # Making them
 
 
+def log_bytes(size: int) -> int:
+    """Bytes on the disk of each log that is made for questions of at most `size` bytes."""
+    return max(LOG_SHARE * size, LEAST_SEGMENTS * 16 * _MIB)
+
+
 @dataclass(frozen=True, slots=True)
 class Making:
     """What is needed to make any kind: a folder for files, and the bytes of the largest question."""
@@ -285,7 +290,8 @@ class Making:
     @property
     def log(self) -> LogSettings:
         """A log that has to evict what earlier questions left."""
-        return LogSettings(capacity=LOG_BYTES)
+        segment = (64 if self.size >= SMALL_BYTES else 16) * _MIB
+        return LogSettings(capacity=log_bytes(self.size), segment_bytes=segment)
 
     @property
     def path(self) -> Path:
@@ -307,16 +313,17 @@ def make(making: Making, memory: Memory) -> Measured:
         return _behind_daemon(making)
     if kind == "store":
         settings = msgspec.structs.replace(making.arena, path=str(making.path), log=making.log)
-        return _filled(Tiered(open_store(settings, clock, entropy)), memory)
-    disk = open_disk(making.path, capacity=LOG_BYTES, create=True, backend="auto")
+        return _filled(Tiered(open_store(settings, clock, entropy)), memory, making.log.capacity)
+    disk = open_disk(making.path, capacity=making.log.capacity, create=True, backend="auto")
     digests = _zeros if unverified else digests_of
-    return _filled(Logged(open_log(disk, making.log, clock, entropy), digests, each=kind == "log-durable"), memory)
+    log = Logged(open_log(disk, making.log, clock, entropy), digests, each=kind == "log-durable")
+    return _filled(log, memory, making.log.capacity)
 
 
-def _filled(store: Measured, memory: Memory) -> Measured:
+def _filled(store: Measured, memory: Memory, capacity: int) -> Measured:
     """Write as much as the log holds: blocks of a file that were never written are slower to write."""
     size = min(_FILL_BYTES, len(memory.source))
-    for number in range(LOG_BYTES // size):
+    for number in range(capacity // size):
         key = blake2b(number.to_bytes(8, "little"), digest_size=KEY_BYTES).digest()
         store.put([store.prepare(Record(key, memory.source[:size], memory.target[:size]))])
     store.settle()
@@ -325,7 +332,7 @@ def _filled(store: Measured, memory: Memory) -> Measured:
 
 def _behind_daemon(making: Making) -> Measured:
     """A client, and its daemon in a child that ends with its standard input."""
-    socket = making.folder / "store.sock"
+    socket = making.folder / "own" / "store.sock"
     command = [sys.executable, "-m", __spec__.name, _DAEMON, str(socket), str(making.arena.arena_bytes)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     if child.stdout is None or not child.stdout.readline():

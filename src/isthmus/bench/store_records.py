@@ -52,7 +52,7 @@ class Measured(Protocol):
         """Bring records to the consumer."""
         ...
 
-    def drop(self, items: Sequence[Any]) -> None:
+    def drop(self, items: Sequence[Any], /) -> None:
         """Forget them. Not measured."""
         ...
 

@@ -8,7 +8,12 @@ from isthmus.bench.disk_limits import DiskRate
 from isthmus.bench.store import OPERATIONS, Case, Found, best_disk, figures
 from isthmus.bench.store_ratios import Ratio, Speeds, judged, ratios
 
-_NAMES = {"memcpy": "of memcpy", "disk": "of the disk", "verified": "of the time unverified", "peer": "of the best peer"}
+_NAMES = {
+    "memcpy": "of memcpy",
+    "disk": "of the disk",
+    "verified": "of the time unverified",
+    "peer": "of the best peer",
+}
 
 
 def speeds_of(found: Found) -> Speeds:
@@ -39,6 +44,8 @@ def results(found: Found, speeds: Speeds) -> dict[str, Any]:
         stores[name] = {"start_s": round(runs.start_s, 2), "discarded": runs.discarded, "cases": cases}
     return {
         "rounds": found.rounds,
+        "memory_bytes": found.memory_bytes,
+        "file_bytes": found.file_bytes,
         "disk": [asdict(rate) for rate in disk],
         "disk_other_load": found.disk_load,
         "stores": stores,
@@ -66,7 +73,7 @@ def lines(found: Found, speeds: Speeds) -> list[str]:
 
 
 def _store_line(name: str, operations: Any, case: Case, compared: Sequence[Ratio]) -> str:
-    parts = [f"  {name:<17}"]
+    parts = [f"  {name:<19}"]
     for operation in OPERATIONS:
         one = operations[operation]
         noisy = "~" if one["noisy"] else " "

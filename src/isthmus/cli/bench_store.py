@@ -13,9 +13,10 @@ from isthmus.cli.terminal import BOLD, DIM, Screen
 PEERS = ("lmcache", "mooncake")
 SIZES = (64 << 10, 1 << 20, 4 << 20, 32 << 20)
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20}
-_LEAST, _MOST = 64 << 10, 128 << 20
+_LEAST, _MOST = 64 << 10, 512 << 20
 _DISK_NEEDED = 4 << 30
 _MEMORY_NEEDED = 6 << 30
+_USUAL_BYTES = 256 << 20
 
 
 def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,15 +48,17 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def _size(text: str) -> int:
     """A size as `64KiB` or `1MiB`. Raises `ArgumentTypeError`."""
     number, unit = text[:-3], text[-3:]
-    if unit not in _UNITS or not number.isdecimal() or not _LEAST <= int(number) * _UNITS[unit]:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of at least 64KiB (KiB, MiB)")
-    return int(number) * _UNITS[unit]
+    size = int(number) * _UNITS.get(unit, 0) if number.isdecimal() else 0
+    if not _LEAST <= size <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size from 64KiB to 512MiB (KiB, MiB)")
+    return size
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and report."""
     from isthmus.bench import meters, report, store, store_records, store_report, store_targets  # numpy comes with them
     from isthmus.bench.client import BadAnswer
+    from isthmus.cli.bench_index import LOCK
 
     kinds = arguments.kind or store_targets.OURS
     sizes = arguments.size or SIZES
@@ -71,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
     _check(arguments, kinds, store_targets.OURS)
-    with tempfile.TemporaryDirectory(prefix="isthmus-") as work, meters.lock(meters.COMMON_LOCK):
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as work, meters.lock(LOCK):
         memory = store_records.create_memory(total)
         path = f"/proc/{os.getpid()}/fd/{memory}"
         places = store_targets.Places(arguments.folder, Path(work), path, total, arguments.peers_dir)
@@ -96,6 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace, kinds: Sequence[str], known: Sequence[str]) -> None:
     """Raise `CommandFailed` for what cannot be measured, before anything is started."""
+    from isthmus.state.kv.arena.limits import available_memory  # numpy comes with it
+
     unknown = [kind for kind in kinds if kind not in known]
     if unknown:
         raise CommandFailed(f"--kind is one of {', '.join(known)}, not {unknown[0]}", USAGE)
@@ -107,6 +112,6 @@ def _check(arguments: argparse.Namespace, kinds: Sequence[str], known: Sequence[
     free = shutil.disk_usage(arguments.folder).free
     if free < _DISK_NEEDED:
         raise CommandFailed(f"{arguments.folder} has {free >> 20} MiB free, {_DISK_NEEDED >> 20} are needed")
-    available = available_memory()
+    available, limit = available_memory()
     if available < _MEMORY_NEEDED:
-        raise CommandFailed(f"{available >> 20} MiB of memory are available, {_MEMORY_NEEDED >> 20} are needed")
+        raise CommandFailed(f"{limit} leaves {available >> 20} MiB of memory, {_MEMORY_NEEDED >> 20} are needed")

@@ -10,13 +10,14 @@ from isthmus.cli.terminal import BOLD, DIM, Screen
 from isthmus.contracts.blocks import ID_BYTES, NO_SESSION, Tier
 
 if TYPE_CHECKING:
-    from isthmus.state.kv.admin import RemoteAdmin
+    from isthmus.state.kv.administrator import Administrator
     from isthmus.state.kv.upkeep import Kept
 
 _STORE = ("state_dir", "store_memory", "store_disk", "store_file", "store_policy", "store_wear")
 _DAY_S = 86_400.0
 _MOST_LISTED = 100_000
 _MOST_PICTURED = 16_384
+_PAGE = 1024
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -100,13 +101,13 @@ def run_bench(arguments: argparse.Namespace) -> int:
 def run_admin(arguments: argparse.Namespace) -> int:
     """Ask a running store."""
     from isthmus.contracts.clock import SystemClock
-    from isthmus.state.kv.admin import RemoteAdmin
+    from isthmus.state.kv.administrator import Administrator
 
     settings = load_settings(arguments).settings
     if not 0 < arguments.timeout_s <= _DAY_S:
         raise CommandFailed("--timeout-s is over 0 and at most a day", USAGE)
     screen = Screen()
-    admin = RemoteAdmin(arguments.socket or settings.store_socket, SystemClock())
+    admin = Administrator(arguments.socket or settings.store_socket, SystemClock())
     try:
         match arguments.verb:
             case "status":
@@ -128,12 +129,12 @@ def run_admin(arguments: argparse.Namespace) -> int:
         admin.close()
 
 
-def _status(admin: "RemoteAdmin", screen: Screen, *, as_json: bool) -> int:
+def _status(admin: "Administrator", screen: Screen, *, as_json: bool) -> int:
     import msgspec
 
     from isthmus.cli.store_picture import status_lines
 
-    stats = admin.stats()
+    stats = admin.status()
     if as_json:
         screen.line(msgspec.json.format(msgspec.json.encode(stats), indent=1).decode())
         return OK
@@ -143,17 +144,29 @@ def _status(admin: "RemoteAdmin", screen: Screen, *, as_json: bool) -> int:
     return OK
 
 
-def _entries(admin: "RemoteAdmin", tier: Tier) -> "list[Kept]":
+def _entries(admin: "Administrator", tier: Tier) -> "list[Kept]":
     """What the picture is drawn from; nothing of a tier that this store does not have."""
-    held = {one.tier for one in admin.stats().tiers}
-    return admin.entries(tier, _MOST_PICTURED) if tier.value in held else []
+    held = {one.tier for one in admin.status().tiers}
+    return _listed(admin, tier, _MOST_PICTURED) if tier.value in held else []
 
 
-def _ls(admin: "RemoteAdmin", screen: Screen, tier: Tier, limit: int) -> int:
+def _listed(admin: "Administrator", tier: Tier, most: int) -> "list[Kept]":
+    """At most `most` records, asked for page by page."""
+    found: list[Kept] = []
+    while len(found) < most:
+        limit = min(_PAGE, most - len(found))
+        page = admin.ls(tier, len(found), limit)
+        found += page
+        if len(page) < limit:
+            break
+    return found
+
+
+def _ls(admin: "Administrator", screen: Screen, tier: Tier, limit: int) -> int:
     if not 1 <= limit <= _MOST_LISTED:
         raise CommandFailed(f"--limit is 1 to {_MOST_LISTED}", USAGE)
     screen.line(f"{'key':<18}{'tenant':<18}{'session':<18}{'kind':<7}{'bytes':>10}  lifetime  segment  pins", DIM)
-    for one in admin.entries(tier, limit):
+    for one in _listed(admin, tier, limit):
         session = "-" if one.session_id == NO_SESSION else one.session_id.hex()[:16]
         screen.line(
             f"{one.key.hex()[:16]:<18}{one.namespace_id.hex()[:16]:<18}{session:<18}{one.kind.name.lower():<7}"
@@ -163,7 +176,7 @@ def _ls(admin: "RemoteAdmin", screen: Screen, tier: Tier, limit: int) -> int:
     return OK
 
 
-def _verify(admin: "RemoteAdmin", screen: Screen, timeout_s: float) -> int:
+def _verify(admin: "Administrator", screen: Screen, timeout_s: float) -> int:
     found = admin.verify(timeout_s)
     screen.line(f"dram  {found.dram_good:>12,} good  {found.dram_corrupt:>8,} damaged")
     unreadable = found.nvme_unreadable
@@ -171,7 +184,7 @@ def _verify(admin: "RemoteAdmin", screen: Screen, timeout_s: float) -> int:
     return FAILED if found.dram_corrupt or found.nvme_corrupt or unreadable else OK
 
 
-def _forget(admin: "RemoteAdmin", screen: Screen, arguments: argparse.Namespace, secret: Path) -> int:
+def _forget(admin: "Administrator", screen: Screen, arguments: argparse.Namespace, secret: Path) -> int:
     """Names become ids by the installation's secret, which only its owner can read; ids are taken as they are."""
     tenant, session = _scope(arguments.tenant, arguments.session, secret)
     if session == NO_SESSION and not arguments.yes:

@@ -156,8 +156,8 @@ class Loop:
                 wait = self._idle_s()
 
     def _idle_s(self) -> float | None:
-        """How long to wait without a step. What changes meanwhile is told: a build of compiled pieces, which is looked at,
-        and what the store's threads did.
+        """How long to wait without a step. What changes meanwhile is told: a build of compiled pieces
+        (it is looked at), and what the store's threads did.
         """
         stats, wait = self._core.stats(), self._core.wait_s()
         if stats.compiled != self._compiled or stats.paging != self._paging:
