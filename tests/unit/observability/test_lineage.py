@@ -10,6 +10,7 @@ import pytest
 
 from isthmus.contracts.clock import ManualClock, SystemClock
 from isthmus.contracts.errors import InvalidInput, JournalUnavailable
+from isthmus.contracts.events import Reuse
 from isthmus.contracts.journal import Append, LineageFact, StoredEvent
 from isthmus.observability.explain import explain, to_json, to_text
 from isthmus.observability.lineage import (
@@ -213,6 +214,20 @@ def test_explain_tells_the_story(tmp_path: Path) -> None:
     ):
         assert words in text
     assert "Gap" not in text
+
+
+def test_explain_tells_from_which_tier_state_came_and_why_not_more(tmp_path: Path) -> None:
+    facts = [
+        fact("a", reuse=Reuse(16, 32, 48, load_s=0.0123, reason="corrupt")),
+        fact("a-1", reuse=Reuse()),
+        fact("a-2"),
+    ]
+    reader = kept(tmp_path / "j.db", facts)
+    text = to_text(explain(reader, "a"))
+    reader.close()
+    assert "from    device 16, dram 32, nvme 48; loaded in 12.3 ms; not more: corrupt" in text
+    assert "from    nothing\n" in text
+    assert text.count("  from ") == 2
 
 
 def test_explain_shows_every_choice_in_order_and_no_other_request(tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ class Scheduler:
             if sequence.deadline is not None and now >= sequence.deadline:
                 self.abort(sequence.id, now, Finish.DEADLINE)
         if self._paging is not None:
+            self._paging.expire(now)
             self._start_early(self._paging, now)
         self._running.sort(key=self._waiting.score)
         parts: dict[RequestId, SequenceSlice] = {}

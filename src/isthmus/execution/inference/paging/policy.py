@@ -43,6 +43,8 @@ from isthmus.execution.inference.tree import PrefixTree
 CHEAPER = "recompute_cheaper"
 CANCELLED = "cancelled"
 NO_ROOM = "no_room"
+ROOM_S = 0.5
+"""How long a request waits for room to load in before it goes without."""
 MEASURED_TOKENS = 64
 """Steps of fewer tokens say little about how fast prompts are computed."""
 
@@ -127,8 +129,10 @@ class Paging:
         self._pool, self._tree, self._inflight, self._states = pool, tree, inflight, states
         self.rates = BreakEven()
         self._owners = Owners(tree)
-        self._asked: dict[int, float] = {}
+        self._asked: dict[int, tuple[float, Sequence]] = {}
         self._found: dict[int, Found] = {}
+        self._short: dict[int, tuple[float, Sequence]] = {}
+        """Until when those wait that found no room for what they could load."""
         self._loading: dict[int, _Loading] = {}
         self._kept: dict[RecordKind, dict[int, int]] = {RecordKind.BLOCK: {}, RecordKind.STATE: {}}
         self._under: dict[int, int] = {}
@@ -150,23 +154,29 @@ class Paging:
         if here == len(keys) and (self._states is None or self._states.deepest(keys, here) == here):
             return
         states = [] if self._states is None else sequence.state_keys(len(keys), self._state_digest)
-        self._asked[sequence.serial] = now + self._settings.look_s
+        self._asked[sequence.serial] = (now + self._settings.look_s, sequence)
         self._pager.look(Look(sequence.serial, keys, states))
 
     def next_deadline(self) -> float | None:
-        """When the first look-up is late."""
-        return min(self._asked.values(), default=None)
+        """When the first look-up is late, or the first that found no room goes without."""
+        return min((when for waits in (self._asked, self._short) for when, _ in waits.values()), default=None)
+
+    def expire(self, now: float) -> None:
+        """Let those go without that have waited too long, for an answer or for room."""
+        for when, sequence in list(self._asked.values()):
+            if when <= now:
+                del self._asked[sequence.serial]
+                self._miss(sequence, Reason.LATE)
+        for when, sequence in list(self._short.values()):
+            if when <= now:
+                self._drop(sequence, NO_ROOM)
 
     def consider(self, sequence: Sequence, keys: View[BlockKey], present: View[int], now: float) -> Verdict:
         """Whether `sequence`, of whose `keys` the blocks `present` are on the device, starts, waits, or loads (then it
         holds its blocks already, and is left to `take`).
         """
-        late = self._asked.get(sequence.serial)
-        if late is not None:
-            if now < late:
-                return Verdict.WAIT
-            self._asked.pop(sequence.serial)
-            self._miss(sequence, Reason.LATE)
+        if sequence.serial in self._asked:
+            return Verdict.WAIT
         found = self._found.get(sequence.serial)
         if found is None:
             return Verdict.GO
@@ -184,10 +194,11 @@ class Paging:
         if not self.rates.worth(sizes, (depth - start) * self._sizes.tokens, queued):
             self._drop(sequence, CHEAPER)
             return Verdict.GO
-        if not self._begin(sequence, found, present, depth, self.rates.load_s(sizes)):
-            self._drop(sequence, NO_ROOM)
-            return Verdict.GO
-        return Verdict.LOAD
+        if self._begin(sequence, found, present, depth, self.rates.load_s(sizes)):
+            return Verdict.LOAD
+        # Who runs or is written ends soon; whoever cannot start at all by then goes the usual way.
+        self._short.setdefault(sequence.serial, (now + ROOM_S, sequence))
+        return Verdict.WAIT
 
     def _reach(self, found: Found, here: int) -> int:
         """How far the prefix reaches with what the store has, in blocks."""
@@ -221,7 +232,9 @@ class Paging:
         """Start to load. False when there is no room for it."""
         here = min(len(present), depth)
         lease = Lease(self._pool, self._tree, present[:here])
-        if depth - here > self._pool.total // 2 or not lease.grow(depth - here):
+        others = sum(len(one.lease.blocks) for one in self._loading.values())
+        crowded = others and others + depth > self._pool.total * 3 // 4
+        if crowded or not lease.grow(depth - here):
             lease.close()
             return False
         state = None
@@ -237,6 +250,7 @@ class Paging:
             sequence, lease, here, job, found.tiers[here:depth], depth, predicted_s
         )
         self._found.pop(sequence.serial)
+        self._short.pop(sequence.serial, None)
         self._inflight.register(sequence.id, keys)
         self._pager.load(job)
         return True
@@ -285,6 +299,7 @@ class Paging:
         """`sequence` ended: what was asked for it is not wanted any more."""
         self._asked.pop(sequence.serial, None)
         self._found.pop(sequence.serial, None)
+        self._short.pop(sequence.serial, None)
 
     # ---- events
 
@@ -369,6 +384,7 @@ class Paging:
 
     def _drop(self, sequence: Sequence, reason: Reason | str | None) -> None:
         self._found.pop(sequence.serial, None)
+        self._short.pop(sequence.serial, None)
         if reason is not None:
             self._miss(sequence, reason)
 
