@@ -169,7 +169,7 @@ def test_a_second_signal_or_a_dead_engine_is_an_error_exit(tmp_path: Path) -> No
         engines = [
             process
             for process in psutil.Process(server.process.pid).children(recursive=True)
-            if "isthmus.execution.inference.process" in " ".join(process.cmdline())
+            if "isthmus.worker" in " ".join(process.cmdline())
         ]
         assert len(engines) == 1
         engines[0].kill()
