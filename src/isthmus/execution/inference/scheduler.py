@@ -275,7 +275,7 @@ class Scheduler:
         sequence.computed = blocks * self._info.block_tokens
         sequence.committed = blocks
         if self._paging is not None:
-            self._paging.started(sequence)
+            self._paging.forget(sequence)
         if sequence.started is None:
             sequence.started = now
             sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_ids))
@@ -298,6 +298,7 @@ class Scheduler:
         for sequence, lease, held, arrivals in list(paging.startable(self._settings.max_running - len(self._running))):
             self._run(sequence, lease, len(lease.blocks), now)
             sequence.committed = held
+            sequence.loaded = len(lease.blocks)
             sequence.arrivals = arrivals
 
     def paged(self, events: Iterable[PageEvent], now: float) -> None:

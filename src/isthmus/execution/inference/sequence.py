@@ -84,6 +84,7 @@ class Sequence:
         self.reuse = Reused()
         self.arrivals: Arrivals | None = None
         self.paged = False  # whether there is a store
+        self.loaded = 0  # blocks that need not be written to it: it has them
         self._block_tokens = block_tokens
         self._format_digest = format_digest
         self._tokens = [*request.prompt_ids, *request.output_ids]
@@ -190,7 +191,7 @@ class Sequence:
 
     def void(self) -> None:
         """What was loaded did not all arrive: go on from the blocks that were on the device before."""
-        self.arrivals = None
+        self.arrivals, self.loaded = None, 0
         self.computed = self.committed * self._block_tokens
         self.cached_tokens = min(self.computed, len(self.request.prompt_ids))
         if self.lease is not None:

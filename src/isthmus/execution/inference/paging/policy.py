@@ -43,8 +43,8 @@ from isthmus.execution.inference.tree import PrefixTree
 CHEAPER = "recompute_cheaper"
 CANCELLED = "cancelled"
 NO_ROOM = "no_room"
-ROOM_S = 0.5
-"""How long a request waits for room to load in before it goes without."""
+ROOM_S = 5.0
+"""How long a request waits for room to load in before it goes without: computing needs the room, too, and longer."""
 MEASURED_TOKENS = 64
 """Steps of fewer tokens say little about how fast prompts are computed."""
 
@@ -187,7 +187,11 @@ class Paging:
         if depth <= start:
             self._drop(sequence, Reason.ABSENT if depth < len(keys) else None)
             return Verdict.GO
-        if len(self._loading) >= self._settings.max_loading:
+        # Whoever found no room goes first: loads that need less would keep it from finding any.
+        if (
+            len(self._loading) >= self._settings.max_loading
+            or next(iter(self._short), sequence.serial) != sequence.serial
+        ):
             return Verdict.WAIT
         sizes = self._bytes(found, here, depth)
         queued = sum(one.predicted_s for one in self._loading.values())
@@ -287,16 +291,15 @@ class Paging:
         """Whether something is being loaded for `sequence`."""
         return sequence.serial in self._loading
 
-    def started(self, sequence: Sequence) -> None:
-        """`sequence` runs for the first time since it waited: count where its reused tokens came from."""
-        self.forget(sequence)
-        reuse = sequence.reuse.told(min(sequence.computed, len(sequence.request.prompt_ids)))
+    def _count_reused(self, sequence: Sequence) -> None:
+        """Count where the reused tokens of `sequence`, which ended, came from."""
+        reuse = sequence.reuse.told(sequence.cached_tokens or 0)
         for tier in Tier:
             if getattr(reuse, tier.value):
                 self.count(f"tokens_{tier.value}", getattr(reuse, tier.value))
 
     def forget(self, sequence: Sequence) -> None:
-        """`sequence` ended: what was asked for it is not wanted any more."""
+        """`sequence` ended, or runs: what was asked for it is not wanted any more."""
         self._asked.pop(sequence.serial, None)
         self._found.pop(sequence.serial, None)
         self._short.pop(sequence.serial, None)
@@ -399,6 +402,8 @@ class Paging:
         """Block `index` of `sequence` was computed and is named in the tree, carried by `block`: write it behind."""
         key = sequence.chain[index]
         self._owners.own(key, sequence.owner)
+        if index < sequence.loaded:
+            return  # it came from there
         lifetime = Lifetime.SHARED if self._pool.refs(block) > 1 else Lifetime.SESSION
         parent = sequence.chain[index - 1] if index else None
         if self._hold(RecordKind.BLOCK, self._pool, block, self._sizes.block):
@@ -409,6 +414,7 @@ class Paging:
         its future.
         """
         self.forget(sequence)
+        self._count_reused(sequence)
         states = self._states
         count = len(sequence.chain)
         if states is not None and count:
