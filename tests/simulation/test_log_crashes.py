@@ -83,7 +83,7 @@ def crash(seed: int, operations: int) -> Crasher:
 
 
 @settings(
-    max_examples=examples(7, 400),
+    max_examples=examples(2, 400),
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],

@@ -66,7 +66,7 @@ def run(seed: int, kind: str, nth: int, error: int, *, forever: bool) -> World:
         workload(world, seed, OPERATIONS)
     world.log.flush(0.5)
     world.disk.on_call = None
-    for image in range(2):
+    for image in range(examples(1, 4)):
         check_crashed(world, nth * 10 + image)
     world.disk.heal()
     check_live(world)
@@ -88,7 +88,7 @@ def test_every_call_fails_in_turn(kind: str, forever: bool) -> None:
     for seed in range(3, 3 + examples(1, 20)):
         total = calls_of(seed, kind)
         assert total > 0 or kind in {"zero", "channel"}
-        for nth in range(1, total + 1, examples(3, 1) if forever else 1):
+        for nth in range(1, total + 1, examples(5, 1) if forever else 1):
             world = run(seed, kind, nth, random.Random(nth).choice((errno.EIO, errno.ENOSPC)), forever=forever)
             assert world.disk.failed
             world.disk.heal()

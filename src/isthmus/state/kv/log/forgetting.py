@@ -12,11 +12,11 @@ from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.log.commit import Committer
 from isthmus.state.kv.log.control import Control
 from isthmus.state.kv.log.directory import Directories
-from isthmus.state.kv.log.erasure import ErasureTable, Scope
+from isthmus.state.kv.log.erasure import ErasureTable, Scope, ScopeKind
 from isthmus.state.kv.log.format import Superblock
-from isthmus.state.kv.log.ledger import Ledger
+from isthmus.state.kv.log.ledger import Ledger, segment_and_slot
 from isthmus.state.kv.log.recovery import write_erasures
-from isthmus.state.kv.log.segments import READABLE
+from isthmus.state.kv.log.segments import READABLE, Segment
 
 
 class Forgetting:
@@ -81,10 +81,19 @@ class Forgetting:
                 raise DiskFailed("fdatasync", errno.EIO)
         self._doubtful = 0
 
+    def _segments(self, table: ErasureTable) -> list[Segment]:
+        """Where records of the only scope of `table` may be found."""
+        scope = table.entries[0].scope
+        with self._changed:
+            if scope.kind is ScopeKind.KEY:
+                places = {segment_and_slot(at)[0] for at in self._ledger.index.candidates(scope.id)}
+                return [self._ledger.segments[index] for index in sorted(places)]
+            return self._ledger.segments.having(*READABLE)
+
     def _unindex(self, table: ErasureTable) -> None:
         """Nobody finds the dead records any more. Reads of them are refused by their stamps already."""
         ledger = self._ledger
-        for segment in ledger.segments.all:
+        for segment in self._segments(table):
             with self._changed:
                 if segment.state not in READABLE or not table.touches(segment.usage, segment.lowest_stamp):
                     continue

@@ -64,6 +64,7 @@ class SegmentLog:
         self._evictor = evictor
         self._forgetting = forgetting
         self._opened = opened
+        self._closed = False
 
     # Records
 
@@ -112,7 +113,8 @@ class SegmentLog:
         with self._changed:
             ledger, target = self._ledger, self._ledger.sequence
             ledger.flush_to = max(ledger.flush_to, target)
-            self._driver.wait(lambda: ledger.durable >= target or bool(ledger.read_only), timeout_s)
+            if not self._closed:
+                self._driver.wait(lambda: ledger.durable >= target or bool(ledger.read_only), timeout_s)
             return ledger.durable
 
     @property
@@ -230,6 +232,7 @@ class SegmentLog:
                 return
             self._intake.closed = True
         self.flush(timeout_s)
+        self._closed = True
         self._driver.stop()
         self._opened.close()
 
