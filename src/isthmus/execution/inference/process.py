@@ -43,7 +43,7 @@ SEND_TIMEOUT_S = 30.0
 BUILD_POLL_S = 1.0
 SETTINGS_FRAME_BYTES = 1 << 16
 SWITCH_S = 0.00005
-"""How long a thread of paging may keep the interpreter from the loop and from the step's operators, each of which has to
+"""How long a thread of paging may keep the interpreter from the loop and from a step's operators, each of which has to
 get it back (seconds; Python's own choice is 0.005)."""
 
 
