@@ -21,7 +21,7 @@ import uvloop
 from isthmus import worker
 from isthmus.config import Settings
 from isthmus.contracts.clock import Clock, SystemClock, SystemEntropy
-from isthmus.contracts.errors import ConfigInvalid, ModelInvalid
+from isthmus.contracts.errors import ConfigInvalid, InvalidInput, ModelInvalid
 from isthmus.contracts.events import ModelInfo
 from isthmus.contracts.journal import LineageFact
 from isthmus.contracts.ports import Lineage
@@ -47,8 +47,8 @@ from isthmus.state.kv.store import open_store
 from isthmus.trust.namespace import DEFAULT_TENANT, derive_namespace, load_secret
 
 SMALL_LOG = 8 << 30
-SMALL_SEGMENT, LARGE_SEGMENT = 16 << 20, 64 << 20
-"""Segments of small logs and of others: a log has at least eight, and room is given back one by one."""
+SMALL, LARGE = (16 << 20, 2 << 20), (64 << 20, (4 << 20) + (64 << 10))
+"""Segments, and single writes, of small logs and of others: a log has at least eight, and room is made one by one."""
 
 
 class ServeUi(Protocol):
@@ -256,16 +256,22 @@ def store_spec(settings: Settings) -> worker.StoreSpec | None:
 
 
 def store_settings(settings: Settings) -> StoreSettings:
-    """What a store with these settings is made of."""
-    log = None
-    if settings.store_disk:
-        log = LogSettings(
-            capacity=settings.store_disk,
-            segment_bytes=SMALL_SEGMENT if settings.store_disk <= SMALL_LOG else LARGE_SEGMENT,
-            wear_bytes_day=settings.store_wear,
-        )
-    path = str(settings.store_path.absolute()) if log is not None else ""
-    return StoreSettings(arena_bytes=settings.store_memory, policy=settings.store_policy, log=log, path=path)
+    """What a store with these settings is made of. Raises `ConfigInvalid` for sizes that cannot work."""
+    try:
+        log = None
+        if settings.store_disk:
+            segment, extent = SMALL if settings.store_disk <= SMALL_LOG else LARGE
+            log = LogSettings(
+                capacity=settings.store_disk,
+                segment_bytes=segment,
+                extent_bytes=extent,
+                wear_bytes_day=settings.store_wear,
+            )
+        path = str(settings.store_path.absolute()) if log is not None else ""
+        return StoreSettings(arena_bytes=settings.store_memory, policy=settings.store_policy, log=log, path=path)
+    except InvalidInput as error:
+        name = "store_disk" if error.field == "capacity" else "store_memory"
+        raise ConfigInvalid(f"{name}: {error}") from error
 
 
 def sampling_defaults(settings: Settings) -> SamplingDefaults:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.app import engine_settings
+from isthmus.app import engine_settings, store_settings
 from isthmus.cli.configure import reference
 from isthmus.config import MIB, load, specs
 from isthmus.contracts.errors import ConfigInvalid
@@ -141,3 +141,24 @@ def test_pieces_are_compiled_under_the_state_directory_unless_told_not_to() -> N
     assert (told.compiled, told.compiled_dir) == ("auto", "/s/compiled")
     assert engine_settings(load({"compile": False, "state_dir": "/s"}, {}).settings).compiled == "off"
     assert engine_settings(load({}, {"ISTHMUS_COMPILE": "off"}).settings).compiled == "off"
+
+
+@pytest.mark.parametrize("disk", ["160MiB", "1GiB", "8GiB", "9GiB", "1TiB"])
+def test_a_store_of_any_size_can_be_made(disk: str) -> None:
+    made = store_settings(load({"store_disk": disk, "state_dir": "/s"}, {}).settings)
+    assert made.log is not None
+    assert made.log.geometry().segments >= 8
+    assert made.path == "/s/store/log"
+
+
+def test_a_store_without_a_disk_has_no_path() -> None:
+    made = store_settings(load({"store_disk": "0", "state_dir": "/s"}, {}).settings)
+    assert (made.log, made.path) == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("store_disk", "10MiB"), ("store_disk", "1048576TiB"), ("store_memory", "1048577")]
+)
+def test_sizes_of_a_store_that_cannot_work_are_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(ConfigInvalid, match=name):
+        store_settings(load({name: value, "state_dir": "/s"}, {}).settings)
