@@ -8,7 +8,7 @@ from isthmus.state.kv.log.format import MAX_SEGMENT_BYTES, MAX_SEGMENTS, SECTOR,
 MIN_SEGMENTS = 8
 _KIB = 1024
 _MIB = 1024 * _KIB
-_EXTENTS = (4, 64)
+_EXTENTS = (2, 64)
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
