@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.contracts.clock import Clock
-from isthmus.contracts.errors import DeadlineExceeded, StoreUnavailable, WireViolation
+from isthmus.contracts.errors import ConfigInvalid, DeadlineExceeded, StoreUnavailable, WireViolation
 from isthmus.state.kv import wire
 from isthmus.state.kv.arena.memory import create_shared, map_read_only
 from isthmus.state.kv.connection import Closed, Connection, Frames, close_all
@@ -38,7 +38,11 @@ class Greeting:
 
 
 class Lane:
-    """A connection. For one thread at a time. After any failure it is closed, and `open` makes a new one."""
+    """A connection. For one thread at a time. After any failure it is closed, and `open` makes a new one.
+
+    Promise: what the daemon still writes for a request that was given up never lies among the answers of a later one:
+    after a read without an answer the area is another one.
+    """
 
     def __init__(self, greeting: Greeting, clock: Clock, window_bytes: int, area_bytes: int) -> None:
         self._greeting = greeting
@@ -48,6 +52,8 @@ class Lane:
         self._connection: Connection | None = None
         self._answers: Frames[wire.Answer] = Frames(wire.Answer, wire.ANSWER_BYTES)
         self._number = 0
+        self._owed = False
+        """A read was not answered: the area may still be written to."""
         self.mapping: Mapping | None = None
         """What the daemon that it is, or was last, connected to shares."""
 
@@ -69,6 +75,7 @@ class Lane:
     def open(self, session: bytes, known: Mapping | None, timeout_s: float) -> wire.Welcome:
         """Connect. `known` is kept when the daemon's epoch is still the same. Raises `StoreUnavailable`."""
         self.shut()
+        self._renew()
         sock = socket(AF_UNIX, SOCK_STREAM)
         try:
             sock.settimeout(max(timeout_s, 0.001))
@@ -89,6 +96,16 @@ class Lane:
             raise
         self._connection = connection
         return welcome
+
+    def _renew(self) -> None:
+        if not self._owed:
+            return
+        try:
+            area = create_shared("isthmus-area", self._area.size)
+        except (ConfigInvalid, OSError) as error:
+            raise StoreUnavailable(f"there is no memory for a new connection: {error}") from error
+        self._area.close()
+        self._area, self._owed = area, False
 
     def _shake_hands(
         self, connection: Connection, session: bytes, known: Mapping | None, timeout_s: float
@@ -124,10 +141,13 @@ class Lane:
             raise StoreUnavailable("the store is not connected")
         self._number += 1
         deadline = self._clock.monotonic() + timeout_s
+        request = make(self._number)
+        self._owed = isinstance(request, wire.ReadAsk)
         try:
-            connection.send(make(self._number), wire.REQUEST_BYTES, timeout_s)
+            connection.send(request, wire.REQUEST_BYTES, timeout_s)
             answer = connection.receive(self._answers, max(0.0, deadline - self._clock.monotonic()))
             if isinstance(answer, wire.Refused) and answer.number == self._number:
+                self._owed = False
                 return answer
             if not isinstance(answer, kind) or answer.number != self._number:  # type: ignore[union-attr]
                 raise WireViolation("the answer is to something else")
@@ -137,6 +157,7 @@ class Lane:
         except (Closed, WireViolation) as error:
             self.shut()
             raise StoreUnavailable(f"the connection to the store is gone: {error}") from error
+        self._owed = False
         return answer
 
     def post(self, message: wire.Release | wire.HintAsk, timeout_s: float) -> bool:

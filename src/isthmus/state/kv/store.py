@@ -37,6 +37,7 @@ from isthmus.state.kv.arena.memory import create_arena
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.dram import Dram
+from isthmus.state.kv.io.calls import Calls
 from isthmus.state.kv.io.disk import Disk, open_disk
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.opening import open_log
@@ -171,8 +172,9 @@ class Store:
         self._opened.close()
 
 
-def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy) -> Store:
-    """A store with an empty arena, over the log of the settings (made when there is none).
+def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy, *, calls: Calls | None = None) -> Store:
+    """A store with an empty arena, over the log of the settings (made when there is none). `calls`: what the disk is
+    driven through, for tests.
 
     Raises `ConfigInvalid` when the arena does not fit into memory, and what `open_disk` and `open_log` raise
     (`StoreLocked`, `StoreFull`, `StoreCorrupt`, `StoreFormat`, `DiskFailed`).
@@ -185,7 +187,7 @@ def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy) -> Store
         log: SegmentLog | None = None
         if settings.path and settings.log is not None:
             path, capacity = Path(settings.path), settings.log.capacity
-            disk = open_disk(path, capacity=capacity, create=True, backend=settings.disk_backend)
+            disk = open_disk(path, capacity=capacity, create=True, backend=settings.disk_backend, calls=calls)
             stack.callback(disk.close)
             log = open_log(disk, settings.log, clock, entropy)
             stack.callback(log.close)

@@ -21,13 +21,15 @@ MAX_BUFFERS = 65_536
 MAX_BUFFER_BYTES = 1 << 30
 
 _HUGE = 2 * 1024 * 1024
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python
+# Not named by Python; Linux 4.14 and 5.14.
+_MADV_WIPEONFORK = 18
+_MADV_POPULATE_WRITE = 23
 
 
 class AlignedBuffers:
     """`count` buffers of `size` bytes each. Safe to use from several threads.
 
-    They are not there in a forked child: a page that a device writes to cannot be shared with one.
+    A forked child has zeros in their place: a page that a device writes to cannot be shared with one.
     """
 
     def __init__(self, count: int, size: int, calls: Calls | None = None) -> None:
@@ -148,8 +150,9 @@ def _mapped(calls: Calls, total: int) -> tuple[mmap.mmap, int]:
     view = memoryview(memory)
     start = -address_of(view) % _HUGE if total >= _HUGE else 0
     view.release()
-    for advice in (mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
-        # Kernels are built without huge pages; without DONTFORK a fork copies pages that are in flight.
+    for advice in (_MADV_WIPEONFORK, mmap.MADV_HUGEPAGE):
+        # Kernels are built without huge pages; a fork would copy pages that are in flight. Not MADV_DONTFORK: a child
+        # has these objects too, and would unmap, with the last of them, whatever came to lie at their address.
         with suppress(OSError):
             calls.advise(memory, advice, start, total)
     try:

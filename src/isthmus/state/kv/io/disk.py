@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
-from isthmus.contracts.errors import DiskFailed, InvalidInput, StoreUnavailable
+from isthmus.contracts.errors import DiskFailed, InvalidInput, StoreLocked, StoreUnavailable
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.io.calls import FALLOC_KEEP_SIZE, FALLOC_ZERO_RANGE, Calls
-from isthmus.state.kv.io.opening import UNSUPPORTED, failing, opened, uninterrupted
+from isthmus.state.kv.io.opening import UNSUPPORTED, Opened, failing, opened, uninterrupted
 from isthmus.state.kv.io.ring import RingChannel
 from isthmus.state.kv.io.threads import ThreadChannel
 from isthmus.state.kv.io.transfers import (
@@ -42,6 +42,11 @@ Backend = Literal["auto", "io_uring", "threads"]
 
 CLOSE_S = 10.0
 """How long the closing of a channel waits for what is in flight."""
+LOCK_S = 0.5
+"""How long a disk that somebody else has open is tried: a process that was killed keeps the lock a moment longer than
+its life, until the kernel has taken down its rings.
+"""
+_LOCK_PAUSE_S = 0.01
 
 _CAPACITY_END = 1 << 62
 _ZEROS_BYTES = 1 << 20
@@ -116,9 +121,21 @@ def open_disk(
     reason = "io_uring: threads were asked for" if backend == "threads" else refusal(calls)
     if backend == "io_uring" and reason:
         raise StoreUnavailable(reason)
-    found = opened(calls, path, capacity, create)
+    found = _opened_in_time(calls, path, capacity, create)
     target = Target(calls, found.fd, found.capacity, close_s)
     return FileDisk(target, found.device, "threads" if reason else "io_uring", [reason, found.note])
+
+
+def _opened_in_time(calls: Calls, path: Path, capacity: int | None, create: bool) -> Opened:
+    """As `opened`; who is dying has time to be gone."""
+    deadline = calls.monotonic() + LOCK_S
+    while True:
+        try:
+            return opened(calls, path, capacity, create)
+        except StoreLocked:
+            if calls.monotonic() >= deadline:
+                raise
+        calls.pause(_LOCK_PAUSE_S)
 
 
 class FileDisk:

@@ -7,7 +7,9 @@ segment; all of them when little of it is alive) are appended again, with the st
 2. when those are durable, and not before, every record of the victim leaves the index;
 3. the segment is free, if nothing pins it, in the same instant. Its next header has the next generation.
 
-A crash in between leaves two copies of some records, both valid.
+A crash in between leaves two copies of some records, both valid. It may also leave no free segment at all, because the
+last one had been taken for survivors. Then those of the next victim have nowhere to go before it is free itself: it is
+let go of first, as any other eviction would, and what is in memory of them is written after.
 """
 
 from dataclasses import dataclass, field, replace
@@ -91,9 +93,9 @@ class Evictor:
         if job.keep:
             if self._append_some(job, now):
                 return True
-            if now - job.begun < _PATIENCE_S:
-                return False
             with self._changed:
+                if now - job.begun < _PATIENCE_S and not self._nowhere():
+                    return False
                 self._ledger.counts["survivors_dropped"] += len(job.keep)
             job.keep.clear()
         return self._finish(job, now)
@@ -188,6 +190,12 @@ class Evictor:
 
     # Letting go
 
+    def _nowhere(self) -> bool:
+        """Whether survivors can only be written once a segment gets free. The caller holds the lock."""
+        segments = self._ledger.segments
+        own = segments.having(State.PREPARED, State.READY, State.OPEN)
+        return not segments.count(State.FREE) and not any(segment.lane == SURVIVORS for segment in own)
+
     def _finish(self, job: _Eviction, now: float) -> bool:
         with self._changed:
             ledger, segment = self._ledger, job.segment
@@ -195,7 +203,7 @@ class Evictor:
                 self._job = None
                 return True
             waiting = [extent for extent in job.extents if extent.stage is not Stage.DURABLE]
-            if waiting:
+            if waiting and not self._nowhere():
                 ledger.flush_to = max(ledger.flush_to, waiting[-1].last_sequence)
                 ledger.urgent = ledger.urgent or all(extent.stage is Stage.WRITTEN for extent in waiting)
                 self._changed.notify_all()

@@ -58,8 +58,8 @@ def open_superblock(disk: Disk, control: Control, settings: LogSettings, clock: 
     chosen = max(valid, key=lambda one: one.seq)
     if chosen.geometry.end > disk.capacity:
         raise StoreCorrupt(f"the log has {chosen.geometry.end} bytes, the disk only {disk.capacity}")
-    if chosen.geometry.segment_bytes < 2 * settings.extent_bytes:
-        most = chosen.geometry.segment_bytes // 2
+    if chosen.geometry.segment_bytes < 4 * settings.extent_bytes:
+        most = chosen.geometry.segment_bytes // 4
         raise InvalidInput(f"extent_bytes is {settings.extent_bytes}, this log takes up to {most}", "extent_bytes")
     for offset, copy in zip(SUPERBLOCKS, copies, strict=True):
         if copy is None or Superblock.decode(copy) is None:

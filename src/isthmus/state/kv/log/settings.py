@@ -8,7 +8,6 @@ from isthmus.state.kv.log.format import MAX_SEGMENT_BYTES, MAX_SEGMENTS, SECTOR,
 MIN_SEGMENTS = 8
 _KIB = 1024
 _MIB = 1024 * _KIB
-_EXTENTS = (2, 64)
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,10 +21,8 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int = 64 * _MIB
     erasure_bytes: int = _MIB
     """Of each of the two copies of the erasure table: 18 thousand scopes a MiB."""
-    extent_bytes: int = 4 * _MIB + 64 * _KIB
-    """One write of several records; a larger record is an extent by itself. The odd part is for headers and digests, so
-    that records of a power of two fit well.
-    """
+    extent_bytes: int = 4 * _MIB
+    """One write of small records; a larger record is an extent by itself."""
     staging_bytes: int = 96 * _MIB
     """Memory for records that are not durable yet: also the most bytes that a crash can cost."""
     linger_s: float = 0.02
@@ -70,10 +67,8 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name, high_s in (("linger_s", 1.0), ("commit_s", 60.0)):
             if not 0.0 <= getattr(self, name) <= high_s:
                 raise InvalidInput(f"{name} is {getattr(self, name)}, accepted: 0 to {high_s}", name)
-        least, most = _EXTENTS[0] * self.extent_bytes, _EXTENTS[1] * self.extent_bytes
-        if not least <= self.segment_bytes <= most:
-            # The upper end: a footer is one write of an extent's size, and has to name every record.
-            raise InvalidInput(f"segment_bytes is {self.segment_bytes}, accepted: {least} to {most}", "segment_bytes")
+        if self.segment_bytes < 4 * self.extent_bytes:
+            raise InvalidInput("a segment has room for at least 4 extents", "segment_bytes")
         self.geometry()
 
     def geometry(self) -> Geometry:

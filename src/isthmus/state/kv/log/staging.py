@@ -119,30 +119,27 @@ class Staging:
 
     def __init__(self, buffers: AlignedBuffers) -> None:
         self._buffers = buffers
-        self.size = buffers.size
-        """Of an extent of several records, at most."""
+        self._size = buffers.size
         self._count = buffers.free
         self._reserved = max(1, self._count // _SURVIVORS_SHARE)
         self.filling: list[Extent | None] = [None] * CLASSES
         self.queues: list[deque[Extent]] = [deque() for _ in range(CLASSES)]
-        self.rooms = [self.size] * CLASSES
-        """How long an extent of each class had better be: what its segment has room for. Advice."""
         self.starved = False
         """Somebody waits for memory."""
 
     @property
     def largest_span(self) -> int:
         """The longest record that can ever be taken."""
-        return (self._count - self._reserved) * self.size - EXTENT_HEADER
+        return (self._count - self._reserved) * self._size - EXTENT_HEADER
 
     @property
     def free(self) -> int:
         """Bytes of memory that are not in use."""
-        return self._buffers.free * self.size
+        return self._buffers.free * self._size
 
     def head_fits(self, chunks: int) -> bool:
         """Whether header and digests of a record fit into the first buffer of an extent."""
-        return EXTENT_HEADER + payload_offset(chunks) <= self.size
+        return EXTENT_HEADER + payload_offset(chunks) <= self._size
 
     def reserve(self, lane: int, header: RecordHeader, now: float) -> Slot | None:
         """Room for a record, at the end of its class's extent or in a new one; None when there is no memory for it.
@@ -151,7 +148,7 @@ class Staging:
         """
         span = header.span
         extent = self.filling[lane]
-        if extent is not None and extent.used + span > min(self.size, self.rooms[lane]):
+        if extent is not None and extent.used + span > self._size:
             self.close(lane)
             extent = None
         if extent is None:
@@ -179,12 +176,12 @@ class Staging:
         extent.used += span
         extent.last_sequence = header.sequence
         extent.copying += 1
-        if extent.used + RECORD_HEADER > self.size:
+        if extent.used + RECORD_HEADER > self._size:
             self.close(lane)
         return Slot(extent, start)
 
     def _begin(self, lane: int, need: int, sequence: int, now: float) -> Extent | None:
-        count = -(-align(need) // self.size)
+        count = -(-align(need) // self._size)
         kept = 0 if lane == SURVIVORS else self._reserved
         if self._buffers.free - count < kept:
             return None

@@ -29,15 +29,12 @@ from isthmus.state.kv.log.format import (
     SegmentHeader,
     encode_footer,
     footer_at,
-    footer_bytes,
 )
 from isthmus.state.kv.log.ledger import Ledger
 from isthmus.state.kv.log.segments import RESERVED, Segment, State
 from isthmus.state.kv.log.settings import LogSettings
 from isthmus.state.kv.log.staging import Extent
 
-_SPARE_ENTRIES = 256
-_LEAST_PART = 16
 _ORDER = (SURVIVORS, *range(SURVIVORS))
 
 
@@ -128,7 +125,6 @@ class Writer:
             extents = self._choose()
             headers = self._ahead()
             footer = self._footer()
-            self._measure()
             if ended:
                 self._changed.notify_all()
         for segment in headers:
@@ -163,17 +159,6 @@ class Writer:
                 chosen.append(extent)
                 room -= len(extent.buffers)
         return chosen
-
-    def _measure(self) -> None:
-        """Tell staging how long extents had better be, so that little of a segment's end stays empty."""
-        staging = self._ledger.staging
-        for number, lane in enumerate(self.lanes):
-            room = staging.size
-            if lane.open is not None:
-                waiting = sum(extent.size for extent in staging.queues[number])
-                left = lane.open.size - lane.open.end - waiting - footer_bytes(lane.open.records + _SPARE_ENTRIES)
-                room = left if left >= staging.size // _LEAST_PART else room
-            staging.rooms[number] = min(room, staging.size)
 
     def _segment_for(self, number: int, extent: Extent) -> Segment | None:
         """The segment that takes this extent; None: there is none yet."""

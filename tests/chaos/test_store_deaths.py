@@ -1,0 +1,61 @@
+"""A store that dies at any moment: kill -9 at random and at chosen calls, and power that is cut under it.
+
+What is told, and what must hold, is in `tests.support.lives`; how it dies in `tests.support.deaths`.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support import power
+from tests.support.scale import seed, tally
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_POWER = pytest.mark.skipif(bool(power.missing()), reason=f"NOT RUN: {power.missing()}")
+
+
+def die(folder: Path, deaths: int, number: int, *, power: bool = False) -> dict[str, int]:
+    """Have stores die so often; what happened."""
+    given = {"folder": str(folder), "seed": number, "deaths": deaths, "power": power}
+    command = [sys.executable, "-m", "tests.support.deaths", json.dumps(given)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    counts: dict[str, int] = json.loads(done.stdout)
+    kind = "power_cuts" if power else "kills"
+    tally(
+        {
+            kind: counts["deaths"],
+            "durable_acknowledgements": counts["acknowledged"],
+            f"{kind}_at_a_chosen_call": counts.get("cut_at_a_call" if power else "killed_at_a_call", 0),
+            "records_read_back": counts.get("read_hit", 0),
+        }
+    )
+    return counts
+
+
+def test_kill_9_loses_nothing_durable_and_brings_back_nothing_forgotten(tmp_path: Path) -> None:
+    counts = die(tmp_path, 60, 3)
+    assert counts["killed_at_a_call"] > 5
+    assert counts["acknowledged"] > 500
+    assert counts["read_hit"] > 1000
+
+
+@WITHOUT_POWER
+def test_a_power_cut_loses_nothing_durable_and_brings_back_nothing_forgotten(tmp_path: Path) -> None:
+    counts = die(tmp_path, 14, 3, power=True)
+    assert counts["acknowledged"] > 50
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_kill_9_many_times(tmp_path: Path) -> None:
+    die(tmp_path, 1500, seed(3))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+@WITHOUT_POWER
+def test_power_cuts_many_times(tmp_path: Path) -> None:
+    die(tmp_path, 300, seed(3), power=True)

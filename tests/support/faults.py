@@ -1,0 +1,138 @@
+"""A store whose calls to the operating system fail, one after the other, and what must hold whatever fails:
+
+- nothing that is read is wrong, and nothing that was forgotten is read, while calls fail and afterwards;
+- what was told to be durable is there when the log is opened again;
+- the store takes records in and makes them durable again, or says that it is read-only; every call comes back.
+
+Run as a module (under strace, which does the failing): `python -m tests.support.faults <path> <life> <seed>` works on a
+store and tells on its output, as lives do.
+"""
+
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.disk import FailingCalls, Plan
+from tests.support.lives import Known, Message, Pipe, Worker, piece, settings_of, telling_what_leaves
+
+from isthmus.contracts.blocks import Reason, Tier
+from isthmus.contracts.clock import SystemClock, SystemEntropy
+from isthmus.contracts.errors import StoreError
+from isthmus.state.kv.settings import StoreSettings
+from isthmus.state.kv.store import Store, open_store
+
+OPERATIONS = 16
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The `nth` call fails with `error`; `forever`: so do all later ones of its kind. `late`: after it was made."""
+
+    nth: int
+    error: int
+    forever: bool = False
+    late: bool = False
+
+    def plan(self) -> Plan:
+        kinds: set[str] = set()
+
+        def failing(name: str, number: int) -> int:
+            if number == self.nth:
+                kinds.add(name)
+                return self.error
+            return self.error if self.forever and name in kinds else 0
+
+        return failing
+
+
+def told_to(known: Known) -> Callable[[Message], None]:
+    """For a worker in this process: `known` hears from it directly what it does itself."""
+    lock = threading.Lock()
+
+    def told(message: Message) -> None:
+        if message[0] in ("durable", "left", "wrong"):
+            with lock:
+                known.hear(message)
+
+    return told
+
+
+def attempt(path: Path, life: int, backend: str, fault: Fault | None) -> FailingCalls:
+    """Work on a new store while a call fails, then see what it is worth. Raises AssertionError."""
+    path.unlink(missing_ok=True)
+    settings = settings_of(path, life, backend)
+    known = Known(life)
+    calls = FailingCalls(fault.plan() if fault else lambda *_: 0, late=bool(fault and fault.late))
+    with telling_what_leaves(told_to(known)):
+        try:
+            store = open_store(settings, SystemClock(), SystemEntropy(), calls=calls)
+        except StoreError:
+            store = None
+        if store is not None:
+            try:
+                Worker(store, known, life, told_to(known)).run(OPERATIONS)
+                calls.plan = lambda *_: 0
+                assert goes_on(store, known) or store.stats().gauges["read_only"], "it neither writes nor says why not"
+            finally:
+                calls.plan = lambda *_: 0
+                store.close()
+    with looked_at(settings, known) as again:
+        assert goes_on(again, known), "opened again it writes"
+    # And once more: what opening mended is right.
+    with looked_at(settings, known):
+        pass
+    return calls
+
+
+@contextmanager
+def looked_at(settings: StoreSettings, known: Known) -> Iterator[Store]:
+    """The store, opened without faults and held to what is known."""
+    with telling_what_leaves(told_to(known)):
+        store = open_store(settings, SystemClock(), SystemEntropy())
+        try:
+            known.recovered(store)
+            yield store
+        finally:
+            store.close()
+
+
+def goes_on(store: Store, known: Known) -> bool:
+    """Whether new records become durable."""
+    numbers = list(range(known.fresh, known.fresh + 3))
+    known.hear(["offer", numbers])
+    outcomes = store.write([piece(known.life, number).put() for number in numbers], 5.0)
+    if any(outcome.reason is not Reason.STORED or outcome.tier is not Tier.NVME for outcome in outcomes):
+        return False
+    known.hear(["take", [[number, one.sequence] for number, one in zip(numbers, outcomes, strict=True)]])
+    durable = store.flush(5.0)
+    known.hear(["durable", durable])
+    return durable >= outcomes[-1].sequence
+
+
+def main() -> None:
+    path, life, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    told, known = Pipe(os.dup(1)), Known(life)
+    with telling_what_leaves(told):
+        try:
+            store = open_store(settings_of(path, life, "threads"), SystemClock(), SystemEntropy())
+        except StoreError as error:
+            told(["failed", repr(error)])
+            return
+        told(["open"])
+        worker = Worker(store, known, number, told)
+        for _ in range(4):
+            worker.run(10)
+        stats = store.stats()
+        told(["stats", stats.gauges, stats.counts])
+        threading.Event().wait(random.choice((0.0, 0.01)))
+    # As it is: nothing of closing is to help.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
