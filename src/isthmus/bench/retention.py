@@ -131,7 +131,7 @@ def replay(policy: str, workload: Workload, arrivals: Sequence[tuple[float, int]
     here: set[int] = set()
     blocks, sizes = workload.blocks, workload.blocks.tolist()
     meter = _Meter(workload)
-    for now, at in arrivals:
+    for moment, at in arrivals:
         path = workload.paths[at]
         keys: list[int] = path.tolist()
         known = meter.count(at, path, keys, here)
@@ -139,9 +139,9 @@ def replay(policy: str, workload: Workload, arrivals: Sequence[tuple[float, int]
         fits = int(np.searchsorted(np.cumsum(blocks[path]), capacity, side="right"))
         missing = int(blocks[path[known:fits]].sum())
         begin = time.thread_time()
-        retention.touch(keys[:known], now)
-        victims = _make_room(retention, retention.used() + missing - capacity, now, keys)
-        _insert(retention, keys[:fits], known, sizes, now)
+        retention.touch(keys[:known], moment)
+        victims = _make_room(retention, retention.used() + missing - capacity, moment, keys)
+        _insert(retention, keys[:fits], known, sizes, moment)
         meter.cpu_s += time.thread_time() - begin
         here.difference_update(victims)
         here.update(keys[known:fits])
