@@ -164,5 +164,5 @@ class RetentionMachine(RuleBasedStateMachine):
 
 TestRetention = RetentionMachine.TestCase
 TestRetention.settings = settings(
-    max_examples=examples(120, 3000), stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=examples(60, 3000), stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -18,6 +18,7 @@ from isthmus.state.kv.retention.order import Record
 from isthmus.state.kv.retention.policies import NAMES, make
 from isthmus.state.kv.retention.port import Entry
 from isthmus.state.kv.retention.quotas import Quotas
+from isthmus.state.kv.retention.s3fifo import S3Fifo
 
 
 def free(_key: int) -> bool:
@@ -220,6 +221,32 @@ def test_s3fifo_moves_what_a_proved_leaf_stands_on() -> None:
         retention.insert(Entry(key, None, 1, "t"), 4.0)
     retention.check()
     assert gone == [*range(100, 104), *range(200, 236)], "a scan takes turns in small, and only there"
+
+
+@pytest.mark.parametrize("name", ["s3fifo", "arc"])
+def test_ghosts_are_bounded_by_number_too(name: str) -> None:
+    """Small records in a large tier: their bytes alone would let millions be remembered."""
+    retention: LeafFirst[int] = make(name, 1 << 40)
+    for key in range(3000):
+        retention.insert(Entry(key, None, 1, "t"), 0.0)
+        if key >= 10:
+            retention.remove(retention.victims(1, 0.0, free)[0])
+    retention.check()
+    order = retention._order
+    ghosts = [order._ghosts] if isinstance(order, S3Fifo) else list(order._ghosts)  # type: ignore[attr-defined]
+    assert 1000 < sum(len(each) for each in ghosts) <= 1024
+
+
+def test_a_record_under_one_that_proved_itself_goes_to_main_too() -> None:
+    retention: LeafFirst[int] = make("s3fifo", 4)
+    retention.insert(Entry(2, 1, 1, "t"), 0.0)
+    retention.touch([2, 2], 0.0)
+    retention.touch([2], 0.0)
+    for key in range(10, 14):
+        retention.insert(Entry(key, None, 1, "t"), 0.0)
+    assert 2 not in retention.victims(2, 0.0, free)
+    retention.insert(Entry(1, None, 1, "t"), 0.0)
+    retention.check()
 
 
 def test_unknown_policies_and_bad_limits_are_refused() -> None:
