@@ -101,6 +101,22 @@ def test_quarantined_memory_is_never_used_again(alone: Opened) -> None:
     assert not any(alone.inner.arena.view(record)), "and nothing is left in it"
 
 
+def test_a_late_quarantine_touches_nobody_elses_memory(alone: Opened) -> None:
+    """Whoever found damage was too slow: the record has left, and its pages are another's."""
+    dram = alone.inner._parts.dram
+    store_all(alone.store, ["old"])
+    (record,) = dram.where([key_of("old")])
+    assert record is not None
+    alone.inner.admin.evict(Tier.DRAM, 1, 1.0)
+    store_all(alone.store, ["new"])
+    (new,) = dram.where([key_of("new")])
+    assert new is not None
+    assert new.page == record.page
+    dram.quarantine(record)
+    assert holds(alone.store, "new")
+    assert alone.store.stats().gauges["arena_quarantined_bytes"] == 0
+
+
 def test_a_lease_that_ends_during_the_copy_reads_nothing(alone: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     store_all(alone.store, ["x"])
     lease = alone.store.lease([key_of("x")], 10.0)
@@ -178,7 +194,7 @@ def test_what_is_on_its_way_to_the_log_is_spared(over_log: Opened, monkeypatch: 
     assert over_log.store.stats().tiers[0].records == 10, "unless nothing else would do"
 
 
-def test_wear_keeps_a_record_in_dram_only(tmp_path: Path) -> None:
+def test_wear_keeps_a_record_in_dram_until_it_proves_its_worth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = msgspec.structs.replace(LOG, wear_bytes_day=1)
     with BACKENDS["library"](tmp_path, small(tmp_path, path=str(tmp_path / "log"), log=log)) as opened:
         outcomes = []
@@ -186,9 +202,20 @@ def test_wear_keeps_a_record_in_dram_only(tmp_path: Path) -> None:
             outcomes += store_all(opened.store, [name])
             opened.store.flush(SOON)
         assert {one.reason for one in outcomes} == {Reason.STORED, Reason.WEAR}
-        worn = next(name for name, one in enumerate(outcomes) if one.reason is Reason.WEAR)
+        worn = max(name for name, one in enumerate(outcomes) if one.reason is Reason.WEAR)
         assert (outcomes[worn].tier, outcomes[worn].sequence) == (Tier.DRAM, 0)
         assert opened.store.stats().counts["append_nvme_wear"] >= 1
+        log_ = opened.inner._parts.log
+        assert log_ is not None
+        assert holds(opened.store, worn)
+        assert opened.inner.settle(SOON)
+        assert not log_.locate([key_of(worn)])[0], "still not worth it"
+        monkeypatch.setattr(log_._intake._admission, "admits", lambda *_: True)
+        assert [holds(opened.store, worn) for _ in range(3)] == [True] * 3
+        assert opened.inner.settle(SOON)
+        assert opened.store.stats().counts["append_nvme_stored"] == 1, "it was used again and again, and offered again"
+        to_log_only(opened)
+        assert read_one(opened.store, worn)[0].tier is Tier.NVME
 
 
 # Bringing ahead

@@ -2,7 +2,8 @@
 
 Promises: what waits to be brought is bounded, the newest is dropped and counted; one thread does all of it, and its
 waits have limits. Brought is what a `PREFETCH` hint names, what is `WAITING` shortly before it is expected back, and
-what was read from the log twice lately.
+what was read from the log twice lately. The other way, what the log refused for its wear is offered to it again when it
+was used once more, and then each time that it was used twice as often.
 """
 
 import heapq
@@ -13,11 +14,11 @@ from collections.abc import Callable, Sequence
 from isthmus.contracts.blocks import HintKind, Outcome, Reason, Tier, Want
 from isthmus.contracts.errors import IsthmusError
 from isthmus.contracts.keys import BlockKey
-from isthmus.state.kv.arena.arena import Record
+from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.records import Location, LogEntry, LogRead
-from isthmus.state.kv.parts import Parts
+from isthmus.state.kv.parts import Parts, log_record
 
 TICK_S = 0.2
 LEAD_S = 1.0
@@ -38,6 +39,7 @@ class Attendant:
         self._due_keys = 0
         self._serial = 0
         self._once: dict[BlockKey, None] = {}
+        self._offers: deque[BlockKey] = deque(maxlen=self._limit)
         self._busy = False
         self._ending = False
         self._expire: Callable[[], None] = lambda: None
@@ -88,10 +90,19 @@ class Attendant:
         if again:
             self.bring(again)
 
+    def wanted(self, records: Sequence[Record]) -> None:
+        """These were used, some of them perhaps ones that the log refused."""
+        refused = self._parts.dram.refused
+        again = [one.key for one in records if one.key in refused and one.hits & (one.hits - 1) == 0]
+        if again:
+            with self._changed:
+                self._offers.extend(again)
+                self._changed.notify_all()
+
     def idle(self, timeout_s: float) -> bool:
         """Wait until nothing is left to be brought now; whether that came about."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+            return self._changed.wait_for(lambda: not (self._queue or self._offers or self._busy), timeout_s)
 
     def _await(self, keys: Sequence[BlockKey], seconds: float) -> None:
         when = self._parts.clock.monotonic() + max(0.0, seconds - max(LEAD_S, seconds / 10))
@@ -108,15 +119,17 @@ class Attendant:
         while True:
             self._expire()
             with self._changed:
-                if not self._queue and not self._ending:
+                if not (self._queue or self._offers or self._ending):
                     self._changed.wait(TICK_S)
                 if self._ending:
                     return
                 self._take_due()
                 batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
-                self._busy = bool(batch)
-            if batch:
-                self._attempt(batch)
+                offers = [self._offers.popleft() for _ in range(min(_BATCH, len(self._offers)))]
+                self._busy = bool(batch or offers)
+            if batch or offers:
+                self._attempt(self._bring, "prefetch", batch)
+                self._attempt(self._offer, "append", offers)
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
@@ -128,16 +141,35 @@ class Attendant:
             self._due_keys -= len(keys)
             self._queue.extend(keys)
 
-    def _attempt(self, keys: Sequence[BlockKey]) -> None:
+    def _attempt(
+        self, work: Callable[[SegmentLog, Sequence[BlockKey]], list[Outcome]], name: str, keys: Sequence[BlockKey]
+    ) -> None:
         log = self._parts.log
-        if log is None:
+        if log is None or not keys:
             return
         try:
-            outcomes = self._bring(log, keys)
-        except IsthmusError as error:  # bringing is advice: what cannot be brought now is read where it is
-            self._parts.counts.add("prefetch", Tier.NVME, error.code, len(keys))
+            outcomes = work(log, keys)
+        except IsthmusError as error:  # all of this is for the better only: what fails stays where it is
+            self._parts.counts.add(name, Tier.NVME, error.code, len(keys))
             return
-        self._parts.counts.add_outcomes("prefetch", outcomes)
+        self._parts.counts.add_outcomes(name, outcomes)
+
+    def _offer(self, log: SegmentLog, keys: Sequence[BlockKey]) -> list[Outcome]:
+        """Offer to the log what it refused, now that it was used."""
+        dram = self._parts.dram
+        records = [one for one in dram.pin(keys, use=False) if one is not None]
+        number = self._parts.scopes.start_write({one.owner for one in records})
+        try:
+            refuses = self._parts.scopes.refuses
+            offered = [one for one in records if one.state is State.VISIBLE and not refuses(one.owner)]
+            outcomes = log.append([log_record(dram.arena, one) for one in offered], self._parts.settings.call_s)
+            for record, outcome in zip(offered, outcomes, strict=True):
+                if outcome.reason is Reason.STORED:
+                    dram.append(record, outcome.sequence)
+            return outcomes
+        finally:
+            self._parts.scopes.end_write(number)
+            dram.unpin(records)
 
     def _bring(self, log: SegmentLog, keys: Sequence[BlockKey]) -> list[Outcome]:
         present = self._parts.dram.where(keys)

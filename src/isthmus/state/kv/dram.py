@@ -46,6 +46,8 @@ class Dram:
         self._quotas = Quotas(settings.tenant_bytes or None)
         self._retention: Retention[BlockKey] = make(settings.policy, arena.capacity, self._quotas)
         self._lock = threading.Lock()
+        self.refused: set[BlockKey] = set()
+        """Of records that were not worth the wear of the log when they came; they may become so."""
 
     def begin(
         self, key: BlockKey, parent: BlockKey | None, owner: Owner, shape: Shape, lifetime: Lifetime
@@ -107,9 +109,22 @@ class Dram:
             for record in found:
                 if record is not None:
                     self.arena.pin(record)
+                    record.hits += use
             if use:
                 self._retention.touch(keys, self._clock.monotonic())
             return found
+
+    def refuse(self, record: Record) -> None:
+        """The log did not take the record: see `refused`."""
+        with self._lock:
+            if record.state is State.VISIBLE:
+                self.refused.add(record.key)
+
+    def append(self, record: Record, sequence: int) -> None:
+        """The log took the record."""
+        with self._lock:
+            record.sequence = sequence
+            self.refused.discard(record.key)
 
     def unpin(self, records: Sequence[Record]) -> None:
         """Undo `pin`, or the pin of a record that began."""
@@ -121,11 +136,13 @@ class Dram:
     def quarantine(self, record: Record) -> None:
         """Its bytes are not what was written: nobody finds it any more, and its memory is not used again."""
         with self._lock:
-            if record.state is State.VISIBLE:
+            found = record.state is State.VISIBLE
+            if found:
+                self.refused.discard(record.key)
                 self._retention.remove(record.key)
                 self.arena.quarantine(record)
                 self._counts.add("quarantine", Tier.DRAM, Reason.CORRUPT)
-        if record.state is State.GONE:
+        if found:  # its pages are nobody else's from now on
             self.arena.erase_bytes(record)
 
     def hint(self, kind: HintKind, keys: Sequence[BlockKey], seconds: float) -> None:
@@ -181,6 +198,7 @@ class Dram:
 
     def _remove(self, record: Record) -> None:
         if record.state in (State.WRITING, State.VISIBLE):
+            self.refused.discard(record.key)
             self._retention.remove(record.key)
             self.arena.remove(record)
 

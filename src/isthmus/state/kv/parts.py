@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from isthmus.contracts.blocks import MAX_BATCH, Hint
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import InvalidInput
+from isthmus.state.kv.arena.arena import Arena, Record
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.dram import Dram
 from isthmus.state.kv.log.log import SegmentLog
+from isthmus.state.kv.log.records import LogRecord
 from isthmus.state.kv.scopes import Scopes
 from isthmus.state.kv.settings import StoreSettings
 
@@ -34,6 +36,20 @@ class Parts:
     def left(self, deadline: float) -> float:
         """Seconds until then; not negative."""
         return max(0.0, deadline - self.clock.monotonic())
+
+
+def log_record(arena: Arena, record: Record) -> LogRecord:
+    """What the log is offered of a pinned record: its bytes where they lie."""
+    return LogRecord(
+        record.key,
+        record.parent,
+        record.owner,
+        record.shape,
+        record.lifetime,
+        record.digests,
+        arena.view(record),
+        record.hits,
+    )
 
 
 def capped(hints: Sequence[Hint]) -> tuple[list[Hint], int]:

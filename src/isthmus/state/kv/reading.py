@@ -14,6 +14,7 @@ from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.arena.copying import flat
+from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.leases import Granted, LeaseTable
 from isthmus.state.kv.log.records import Location, LogRead
 from isthmus.state.kv.parts import Parts, check_batch
@@ -57,12 +58,12 @@ class StoreLease:
 class Reader:
     """Grants leases and reads under them. Safe from several threads.
 
-    `read_below` is told which records came from the log, so that those wanted again may be brought up.
+    The attendant is told what turned out to be wanted more than once.
     """
 
-    def __init__(self, parts: Parts, read_below: Callable[[Sequence[BlockKey]], None]) -> None:
+    def __init__(self, parts: Parts, attendant: Attendant) -> None:
         self._parts = parts
-        self._read_below = read_below
+        self._attendant = attendant
         settings = parts.settings
         self._lock = threading.Lock()
         self._table: LeaseTable[Pin] = LeaseTable(max_leases=settings.max_leases, max_seconds=settings.lease_s)
@@ -80,13 +81,12 @@ class Reader:
         self.expire()
         counts = self._parts.counts
         pins: list[Pin | None] = [*self._parts.dram.pin(keys)]
-        in_dram = len(pins) - pins.count(None)
-        with ExitStack() as undo:
-            undo.callback(self._unpin, pins)
-            if in_dram < len(pins):
-                self._pin_below(keys, pins)
-            undo.pop_all()
-        absent = pins.count(None)
+        if self._parts.dram.refused:
+            self._attendant.wanted([pin for pin in pins if isinstance(pin, Record)])
+        absent = below = 0
+        if None in pins:
+            below = self._pin_below(keys, pins)
+            absent = pins.count(None)
         now = self._parts.clock.monotonic()
         with self._lock:
             full = self._table.full
@@ -100,8 +100,8 @@ class Reader:
             self._unpin(pins)
             counts.add("lease", None, Reason.FULL, len(keys))
             return lease
-        counts.add("lease", Tier.DRAM, Reason.HIT, in_dram)
-        counts.add("lease", Tier.NVME, Reason.HIT, len(pins) - in_dram - absent)
+        counts.add("lease", Tier.DRAM, Reason.HIT, len(pins) - below - absent)
+        counts.add("lease", Tier.NVME, Reason.HIT, below)
         counts.add("lease", None, Reason.ABSENT, absent)
         return lease
 
@@ -205,21 +205,27 @@ class Reader:
         over = self._over(lease)
         for (index, _), outcome in zip(reads, outcomes, strict=True):
             found[index] = Outcome(Reason.EXPIRED, Tier.NVME) if over else outcome
-        self._read_below([wants[at].key for at, one in enumerate(found) if one and one.reason is Reason.HIT])
+        self._attendant.read_below([wants[at].key for at, one in enumerate(found) if one and one.reason is Reason.HIT])
         return found
 
     def _over(self, lease: StoreLease) -> bool:
         return lease.ended or self._parts.clock.monotonic() >= lease.deadline
 
-    def _pin_below(self, keys: Sequence[BlockKey], pins: list[Pin | None]) -> None:
-        """Pin in the log what the arena does not have."""
+    def _pin_below(self, keys: Sequence[BlockKey], pins: list[Pin | None]) -> int:
+        """Pin in the log what the arena does not have; how many that were. Should it fail nothing is pinned."""
         log = self._parts.log
         if log is None:
-            return
+            return 0
+        found = 0
         missing = [index for index, pin in enumerate(pins) if pin is None]
-        for index, location in zip(missing, log.locate([keys[index] for index in missing]), strict=True):
-            if location is not None and log.pin(location):
-                pins[index] = location
+        with ExitStack() as undo:
+            undo.callback(self._unpin, pins)
+            for index, location in zip(missing, log.locate([keys[index] for index in missing]), strict=True):
+                if location is not None and log.pin(location):
+                    pins[index] = location
+                    found += 1
+            undo.pop_all()
+        return found
 
     def _unpin(self, pins: Sequence[Pin | None]) -> None:
         self._parts.dram.unpin([pin for pin in pins if isinstance(pin, Record)])

@@ -59,7 +59,7 @@ class Store:
         self._opened = opened
         self._attendant = Attendant(parts)
         self._writer = Writer(parts)
-        self.reader = Reader(parts, self._attendant.read_below)
+        self.reader = Reader(parts, self._attendant)
         self.admin = Upkeep(parts)
         self._attendant.start(self.reader.expire)
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from isthmus.contracts.blocks import MAX_BATCH, Outcome, Put, Reason, Tier
 from isthmus.state.kv.arena.arena import Record
 from isthmus.state.kv.arena.copying import flat
-from isthmus.state.kv.log.records import LogRecord
-from isthmus.state.kv.parts import Parts, check_batch
+from isthmus.state.kv.parts import Parts, check_batch, log_record
 
 SLICE_BYTES = 4 << 20
 SLICE_RECORDS = 256
@@ -67,19 +66,19 @@ class Writer:
         log, arena = self.parts.log, self.parts.dram.arena
         if log is None or not kept:
             return []
-        records = [
-            LogRecord(one.key, one.parent, one.owner, one.shape, one.lifetime, one.digests, arena.view(one))
-            for _, one in kept
-        ]
+        records = [log_record(arena, one) for _, one in kept]
         found: list[tuple[int, Outcome]] = []
         for (index, record), outcome in zip(kept, log.append(records, self.parts.left(deadline)), strict=True):
             if outcome.reason is Reason.STORED:
-                record.sequence = outcome.sequence
+                self.parts.dram.append(record, outcome.sequence)
                 found.append((index, Outcome(Reason.STORED, Tier.NVME, outcome.sequence)))
             else:
                 self.parts.counts.add("append", Tier.NVME, outcome.reason)
-                reason = Reason.WEAR if outcome.reason is Reason.WEAR else Reason.STORED
-                found.append((index, Outcome(reason, Tier.DRAM)))
+                if outcome.reason is Reason.WEAR:
+                    self.parts.dram.refuse(record)
+                    found.append((index, Outcome(Reason.WEAR, Tier.DRAM)))
+                else:
+                    found.append((index, Outcome(Reason.STORED, Tier.DRAM)))
         return found
 
     def _take(self, put: Put, expected: bytes) -> Record | Reason:

@@ -61,6 +61,7 @@ class Record:
     state: State = State.WRITING
     pins: int = 1
     sequence: int = 0
+    hits: int = 0
 
     @property
     def record_bytes(self) -> int:

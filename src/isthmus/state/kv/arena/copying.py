@@ -11,7 +11,7 @@ from isthmus.contracts.blocks import DIGEST_BYTES
 
 PIECE_BYTES = 256 << 10
 _QUICK_BYTES = 64 << 10
-"""Up to here a slice assignment is quicker than giving up the interpreter for the time of the copy."""
+"""Up to here a slice assignment is quicker than giving up the interpreter for the time of a copy."""
 
 
 def flat(buffer: memoryview) -> memoryview:
@@ -19,31 +19,28 @@ def flat(buffer: memoryview) -> memoryview:
     return buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
 
 
-def copy(source: memoryview, target: memoryview) -> None:
-    """Copy bytes; as many in both."""
-    if len(source) <= _QUICK_BYTES:
-        target[:] = source
-    else:
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
-
-
 def copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
     """Copy whole chunks of `chunk_bytes`; the digests of what lies in `target` afterwards, one after the other."""
     size = len(source)
     digest = xxhash.xxh3_128_digest
+    if size <= _QUICK_BYTES:
+        target[:] = source
+        return b"".join([digest(target[at : at + chunk_bytes]) for at in range(0, size, chunk_bytes)])
+    here, there = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
     found: list[bytes] = []
     if chunk_bytes <= PIECE_BYTES:
         group = PIECE_BYTES // chunk_bytes * chunk_bytes
         for start in range(0, size, group):
             end = min(start + group, size)
-            copy(source[start:end], target[start:end])
+            np.copyto(here[start:end], there[start:end])
             found += [digest(target[at : at + chunk_bytes]) for at in range(start, end, chunk_bytes)]
         return b"".join(found)
     for first in range(0, size, chunk_bytes):
         hasher = xxhash.xxh3_128()
-        for start in range(first, first + chunk_bytes, PIECE_BYTES):
-            end = min(start + PIECE_BYTES, first + chunk_bytes)
-            copy(source[start:end], target[start:end])
+        last = first + chunk_bytes
+        for start in range(first, last, PIECE_BYTES):
+            end = min(start + PIECE_BYTES, last)
+            np.copyto(here[start:end], there[start:end])
             hasher.update(target[start:end])
         found.append(hasher.digest())
     return b"".join(found)
