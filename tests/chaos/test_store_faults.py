@@ -15,6 +15,8 @@ from tests.support.faults import Fault, attempt, looked_at
 from tests.support.lives import Heard, Known, settings_of
 from tests.support.scale import seed, tally
 
+pytestmark = pytest.mark.chaos  # begun: not a part of `make test` before it has run clean
+
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.EINTR, errno.EAGAIN)
 

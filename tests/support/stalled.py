@@ -23,9 +23,10 @@ from isthmus.contracts.blocks import Want
 from isthmus.contracts.clock import SystemClock
 from isthmus.state.kv import client as client_module
 from isthmus.state.kv import wire
-from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_of
+from isthmus.state.kv.arena.copying import copy_digests, copy_verified
 from isthmus.state.kv.client import RemoteStore, open_client
 from isthmus.state.kv.connection import Connection
+from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.lanepool import ClientSettings
 
 READS = ("leased", "half copied", "copied")
