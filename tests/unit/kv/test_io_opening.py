@@ -166,7 +166,7 @@ def test_a_file_replaced_meanwhile_is_looked_at_again(path: Path) -> None:
     make(path)
     make(path, calls=Replacing(2))
     with pytest.raises(StoreLocked, match="made and removed"):
-        make(path, calls=Replacing(100))
+        make(path, calls=Replacing(1_000_000))
 
 
 def test_a_file_removed_by_its_maker_is_made_anew(path: Path) -> None:
