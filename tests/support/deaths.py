@@ -116,11 +116,11 @@ def work(ground: Ground, known: Known, plan: Plan, told: Pipe) -> None:
         told(["cut"])
 
     deed = cut if ground.powered else kill_self
-    try:
-        calls = DeadlyCalls(plan, deed, cached=ground.cached)
-        settings = settings_of(ground.path, known.life, plan.backend)
-        with telling_what_leaves(told):
-            store = opened(settings, calls)
+    # Until the end: the log's threads evict long after the work is done.
+    with telling_what_leaves(told):
+        try:
+            calls = DeadlyCalls(plan, deed, cached=ground.cached)
+            store = opened(settings_of(ground.path, known.life, plan.backend), calls)
             told(["open"])
             ground.write_back(plan.seed)
             Worker(store, known, plan.seed, told).run(OPERATIONS)
@@ -128,11 +128,11 @@ def work(ground: Ground, known: Known, plan: Plan, told: Pipe) -> None:
             if plan.seed % 8 == 0:
                 store.close()
                 told(["closed"])
-    except (StoreError, OSError) as error:
-        told(["failed", repr(error)] if ground.is_cut else ["wrong", f"{error!r}: {traceback.format_exc()}"])
-    except BaseException as error:  # noqa: BLE001 - told to the parent, whatever it is
-        told(["wrong", f"{error!r}: {traceback.format_exc()}"])
-    threading.Event().wait(WITHIN_S)
+        except (StoreError, OSError) as error:
+            told(["failed", repr(error)] if ground.is_cut else ["wrong", f"{error!r}: {traceback.format_exc()}"])
+        except BaseException as error:  # noqa: BLE001 - told to the parent, whatever it is
+            told(["wrong", f"{error!r}: {traceback.format_exc()}"])
+        threading.Event().wait(WITHIN_S)
 
 
 class Deaths:

@@ -9,6 +9,9 @@ from tests.support.sim_disk import SimDisk
 from isthmus.contracts.blocks import Lifetime, Owner, Reason, Want
 from isthmus.contracts.errors import DiskFailed, Overloaded
 from isthmus.contracts.keys import BlockKey
+from isthmus.state.kv.log import scrub
+from isthmus.state.kv.log.control import Control
+from isthmus.state.kv.log.drive import Stepped
 from isthmus.state.kv.log.erasure import ENTRY_BYTES, HEADER_BYTES, Scope
 from isthmus.state.kv.log.records import LogRead
 from isthmus.state.kv.log.segments import State
@@ -202,3 +205,41 @@ def test_too_many_at_once_are_refused() -> None:
     world.run(5.0)
     assert world.log.stats().erasures_pending == 0
     world.log.forget(Scope.of_key(key_of(500)))
+
+
+def test_a_segment_that_is_sealed_while_it_is_scrubbed_keeps_every_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    mixed(world, 6)
+    world.settle()
+    driver, plain, states = world.log._driver, scrub.zero_bytes, []
+    assert isinstance(driver, Stepped)
+
+    def meanwhile(control: Control, offset: int, length: int) -> int:
+        """The threads that write and commit are not the one that scrubs."""
+        ledger = world.log._ledger
+        segment = next(one for one in ledger.segments.all if ledger.geometry.start(one.index + 1) > offset)
+        if not states:
+            states.append(segment.state)
+            for number in range(100, 180):
+                world.put(record(key_of(number), 1500, owner=OTHER, lifetime=Lifetime(number % 2)), timeout_s=0.0)
+                for _ in range(4):
+                    driver._writer.step(world.clock.monotonic())
+                    driver._committer.commit()
+                world.clock.advance(0.05)
+            states.append(segment.state)
+        return plain(control, offset, length)
+
+    monkeypatch.setattr(scrub, "zero_bytes", meanwhile)
+    world.forget(Scope.of(MINE.namespace_id))
+    for _ in range(2):  # what happens meanwhile takes time, too
+        world.run(1.0)
+    world.settle()
+    assert states == [State.OPEN, State.SEALED]
+    assert not world.log._ledger.erasures.pending
+    assert not traces(world, MINE, bytes(world.disk.view))
+    for log in (world.log, world.reopened()):
+        alive = [kept for kept in world.kept.values() if kept.record.owner == OTHER]
+        assert len(alive) > 50
+        for key, (outcome, _) in read_all(log, [kept.record for kept in alive]).items():
+            assert outcome.reason is Reason.HIT, world.kept[key]
+        assert {world.kept[entry.key].record.owner for entry in log.scan()} == {OTHER}

@@ -159,11 +159,10 @@ class Scrubber:
                 return False
             pinned = ledger.segments.pin(segment.index, segment.generation)
         try:
-            worked = affected and self._dead(segment)
-            if segment.dirty:
-                self._zero_gap(segment)
-                worked = True
-            return worked
+            worked = self._dead(segment) if affected else False
+            if worked is None or not segment.dirty:
+                return worked
+            return True if self._zero_gap(segment) else None
         finally:
             with self._changed:
                 segment.fenced = False
@@ -171,14 +170,17 @@ class Scrubber:
                     ledger.segments.unpin(segment.index)
                 self._changed.notify_all()
 
-    def _dead(self, segment: Segment) -> bool:
-        """Make holes of the dead records of a segment, and forget them in its directory."""
+    def _dead(self, segment: Segment) -> bool | None:
+        """Make holes of the dead records of a segment, and forget them in its directory. None: it was closed meanwhile,
+        with a footer that may name them, and may name more than was seen here: it has to be looked at again.
+        """
+        was_sealed = segment.state is State.SEALED
         rows = self._directories.of(segment)
         if rows is None:
             self._failed = True
             return False
         dead = self._table.dead_rows(rows)
-        footless = segment.state is State.SEALED and not segment.footer
+        footless = was_sealed and not segment.footer
         if not dead.any() and not footless:
             return False
         start, seed = self._ledger.geometry.start(segment.index), self._ledger.seed
@@ -189,6 +191,8 @@ class Scrubber:
             sum(zero_bytes(self._control, start + at + HOLE_HEADER, size - HOLE_HEADER) for at, size, _ in holes)
         )
         with self._changed:
+            if not was_sealed and segment.state in (State.CLOSING, State.SEALED):
+                return None
             self._ledger.unindex(segment, rows[dead])
             if segment.rows is not None:
                 gone = rows[dead]["slot"]
@@ -197,7 +201,7 @@ class Scrubber:
                 segment.rows = [
                     part[~mask] if mask.any() else part for part, mask in zip(segment.rows, masks, strict=True)
                 ]
-        if segment.state is State.SEALED:
+        if was_sealed:
             self._refoot(segment, rows[~dead])
         with self._changed:
             self._ledger.erased(segment, rows[dead])
@@ -224,17 +228,24 @@ class Scrubber:
         with self._changed:
             segment.footer = at
 
-    def _zero_gap(self, segment: Segment) -> None:
-        """Zero what lies in a segment beside its extents and its footer."""
+    def _zero_gap(self, segment: Segment) -> bool:
+        """Zero what lies in a segment beside its extents and its footer. False: its footer is being written."""
         with self._changed:
-            segment.fenced = True
+            if segment.state is State.CLOSING:
+                return False
+            # Whoever leaves something in it from now on says so again.
+            segment.fenced, segment.dirty = True, False
             begin = segment.end if segment.state in READABLE else SECTOR
             end = segment.footer or segment.size
-        if end > begin:
-            self._control.zero(self._ledger.geometry.start(segment.index) + begin, end - begin)
-        self._durable(0)
-        with self._changed:
-            segment.dirty = False
+        try:
+            if end > begin:
+                self._control.zero(self._ledger.geometry.start(segment.index) + begin, end - begin)
+            self._durable(0)
+        except DiskFailed:
+            with self._changed:
+                segment.dirty = True
+            raise
+        return True
 
     def _durable(self, written: int) -> None:
         """Sync. Raises `DiskFailed` when that fails: the erasure is not done."""
