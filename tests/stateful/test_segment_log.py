@@ -69,8 +69,8 @@ class LogMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.world.kept)))
-        where = self.world.log.locate([key])[0]
-        if where is not None and self.world.log.pin(where) and len(self.pinned) < 2:
+        (where,) = self.world.log.hold([key])
+        if where is not None and len(self.pinned) < 2:
             self.pinned.append((where, key))
         elif where is not None:
             self.world.log.unpin(where)

@@ -112,8 +112,8 @@ def work(ground: Ground, known: Known, plan: Plan, told: Pipe) -> None:
     """A worker's life."""
 
     def cut() -> None:
-        ground.cut()
         told(["cut"])
+        ground.cut()
 
     deed = cut if ground.powered else kill_self
     # Until the end: the log's threads evict long after the work is done.
@@ -129,7 +129,7 @@ def work(ground: Ground, known: Known, plan: Plan, told: Pipe) -> None:
                 store.close()
                 told(["closed"])
         except (StoreError, OSError) as error:
-            told(["failed", repr(error)] if ground.is_cut else ["wrong", f"{error!r}: {traceback.format_exc()}"])
+            told(["failed", f"{error!r}: {traceback.format_exc()}", ground.is_cut])
         except BaseException as error:  # noqa: BLE001 - told to the parent, whatever it is
             told(["wrong", f"{error!r}: {traceback.format_exc()}"])
         threading.Event().wait(WITHIN_S)
@@ -209,6 +209,8 @@ class Deaths:
             if not data:
                 break
             for message in heard(data):
+                if message[0] == "failed" and not message[2] and not self.ground.is_cut:
+                    message = ["wrong", message[1]]  # nothing had failed under it
                 known.hear(message)
                 name, now = message[0], time.monotonic()
                 if name == "open" and plan.since == "open":
@@ -224,16 +226,22 @@ class Deaths:
     def end(self, plan: Plan, pid: int, descriptor: int, known: Known, heard: Heard) -> bool:
         """Kill the worker, or take its power and kill it then."""
         if self.ground.powered and not self.ground.is_cut:
+            self.hear(known, heard, descriptor, 0.0)
+            known.hear(["cut"])
             self.ground.cut()
-            until = time.monotonic() + plan.lame_s
-            while (left := until - time.monotonic()) > 0 and select.select([descriptor], [], [], left)[0]:
-                data = os.read(descriptor, 1 << 16)
-                if not data:
-                    break
-                for message in heard(data):
-                    known.hear(message)
+            self.hear(known, heard, descriptor, plan.lame_s)
         os.kill(pid, signal.SIGKILL)
         return False
+
+    def hear(self, known: Known, heard: Heard, descriptor: int, seconds: float) -> None:
+        """What is told within so long, or what was told already."""
+        until = time.monotonic() + seconds
+        while select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:
+            data = os.read(descriptor, 1 << 16)
+            for message in heard(data):
+                known.hear(message)
+            if not data or (seconds and time.monotonic() >= until):
+                return
 
     def look(self, known: Known) -> None:
         """Open what was left and hold it to what is known."""

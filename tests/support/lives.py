@@ -46,8 +46,8 @@ from isthmus.contracts.blocks import (
 )
 from isthmus.contracts.errors import StoreError
 from isthmus.contracts.keys import BlockKey
-from isthmus.state.kv.log.format import Rows
-from isthmus.state.kv.log.ledger import Ledger
+from isthmus.state.kv.log.format import SLOT, Rows
+from isthmus.state.kv.log.ledger import Ledger, segment_and_slot
 from isthmus.state.kv.log.segments import Segment
 from isthmus.state.kv.log.settings import LogSettings
 from isthmus.state.kv.settings import StoreSettings
@@ -160,15 +160,23 @@ class Heard:
 
 @contextmanager
 def telling_what_leaves(told: Told) -> Iterator[None]:
-    """Logs that are opened meanwhile tell of every record that nobody finds any more, before its segment can be used
-    anew.
+    """Logs that are opened meanwhile tell of every record that is not durable any more (nobody finds it, or only another
+    copy that is still to be synced), before its segment can be used anew.
     """
     plain = Ledger.unindex
+
+    def durable(self: Ledger, location: int) -> bool:
+        index, slot = segment_and_slot(location)
+        return not any(
+            extent.at <= slot * SLOT < extent.at + extent.size for extent in self.pending(self.segments[index])
+        )
 
     def unindex(self: Ledger, segment: Segment, rows: Rows) -> int:
         count = plain(self, segment, rows)
         keys = [(row["key"].tobytes(), int(row["sequence"])) for row in rows] if count else []
-        left = [(key, sequence) for key, sequence in keys if not self.index.candidates(key)]
+        left = [
+            (key, sequence) for key, sequence in keys if not any(durable(self, at) for at in self.index.candidates(key))
+        ]
         if left:
             told(["left", left])
         return count
@@ -221,6 +229,7 @@ class Known:
     wrong: list[str] = field(default_factory=list)
     _gone: dict[int, int] = field(default_factory=dict)
     _held: set[int] = field(default_factory=set)
+    _cut: bool = False
 
     @property
     def fresh(self) -> int:
@@ -241,6 +250,11 @@ class Known:
             case ["take", taken]:
                 for number, sequence in taken:
                     self._take(number, sequence)
+            case ["cut"]:
+                self._cut = True
+            case ["durable" | "forgotten", *_] if self._cut:
+                # Nobody hears anything after a real cut, and a sync that this one interrupts may still say success.
+                pass
             case ["durable", sequence]:
                 self.durable = max(self.durable, sequence)
                 for number in [one for one in self._held if self.status[one].sequence <= self.durable]:
@@ -267,6 +281,7 @@ class Known:
             self.status[number].state = State.MAY
         self._held.clear()
         self._gone.clear()
+        self._cut = False
         self.durable = 0
 
     def _take(self, number: int, sequence: int) -> None:

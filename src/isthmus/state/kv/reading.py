@@ -220,10 +220,9 @@ class Reader:
         missing = [index for index, pin in enumerate(pins) if pin is None]
         with ExitStack() as undo:
             undo.callback(self._unpin, pins)
-            for index, location in zip(missing, log.locate([keys[index] for index in missing]), strict=True):
-                if location is not None and log.pin(location):
-                    pins[index] = location
-                    found += 1
+            for index, location in zip(missing, log.hold([keys[index] for index in missing]), strict=True):
+                pins[index] = location
+                found += location is not None
             undo.pop_all()
         return found
 

@@ -88,13 +88,13 @@ class SegmentLog:
         _check_batch(keys)
         return self._lookup.locate(keys)
 
-    def pin(self, location: Location) -> bool:
-        """Keep what lies there from being reused until `unpin`. False: it was reused already, and nothing is pinned."""
-        with self._changed:
-            return self._ledger.segments.pin(location.segment, location.generation)
+    def hold(self, keys: Sequence[bytes]) -> list[Location | None]:
+        """As `locate`, and in the same step what is found is kept from being reused until it is let go by `unpin`."""
+        _check_batch(keys)
+        return self._lookup.hold(keys)
 
     def unpin(self, location: Location) -> None:
-        """Undo one `pin`."""
+        """Let go of what `hold` found."""
         with self._changed:
             self._ledger.segments.unpin(location.segment)
             self._changed.notify_all()

@@ -46,6 +46,15 @@ class Lookup:
         with self._changed:
             return [self._location(at) for at in self._ledger.index.find(packed).tolist()]
 
+    def hold(self, keys: Sequence[bytes]) -> list[Location | None]:
+        """See `SegmentLog.hold`."""
+        with self._changed:
+            places = self.locate(keys)
+            for place in places:
+                if place is not None:
+                    self._ledger.segments.pin(place.segment, place.generation)
+            return places
+
     def _location(self, at: int) -> Location | None:
         if at < 0:
             return None
