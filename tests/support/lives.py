@@ -160,8 +160,8 @@ class Heard:
 
 @contextmanager
 def telling_what_leaves(told: Told) -> Iterator[None]:
-    """Logs that are opened meanwhile tell of every record that is not durable any more (nobody finds it, or only another
-    copy that is still to be synced), before its segment can be used anew.
+    """Logs that are opened meanwhile tell of every record that is not durable any more (nobody finds it, or only a copy
+    that is still to be synced), before its segment can be used anew.
     """
     plain = Ledger.unindex
 
