@@ -38,6 +38,7 @@ from isthmus.gateway.settings import GatewaySettings
 from isthmus.observability.lineage import LineageRecorder, LineageSettings
 from isthmus.observability.logs import JsonRequestLog
 from isthmus.observability.metrics import PrometheusMetrics
+from isthmus.pager import StoreSpec
 from isthmus.state.journal.sqlite import JournalSettings, open_journal
 from isthmus.state.kv.address import make_private
 from isthmus.state.kv.daemon import run_daemon
@@ -246,13 +247,14 @@ def engine_settings(settings: Settings) -> EngineSettings:
     )
 
 
-def store_spec(settings: Settings) -> worker.StoreSpec | None:
+def store_spec(settings: Settings) -> StoreSpec | None:
     """Where the engine keeps state beyond its device."""
     if settings.store == "off":
         return None
+    apart = settings.device == "cpu"
     if settings.store != "own":
-        return worker.StoreSpec(daemon=str(Path(settings.store).absolute()))
-    return worker.StoreSpec(own=store_settings(settings), socket=str(settings.store_socket.absolute()))
+        return StoreSpec(daemon=str(Path(settings.store).absolute()), apart=apart)
+    return StoreSpec(own=store_settings(settings), socket=str(settings.store_socket.absolute()), apart=apart)
 
 
 def store_settings(settings: Settings) -> StoreSettings:

@@ -92,7 +92,9 @@ class LogMachine(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
-        assert self.world.log.flush(2.0) == self.world.log.sequence
+        # Survivors of a segment that is evicted meanwhile get numbers of their own.
+        before = self.world.log.sequence
+        assert self.world.log.flush(2.0) >= before
 
     @rule(seconds=st.sampled_from([0.01, 0.1, 1.0]))
     def wait(self, seconds: float) -> None:

@@ -19,6 +19,7 @@ class FakePager:
     jobs: deque[Look | Load | Keep] = field(default_factory=deque)
     events: list[Event] = field(default_factory=list)
     hints: list[Hint] = field(default_factory=list)
+    arrivals: dict[int, Arrivals] = field(default_factory=dict)
     erasures: int = 0
     layered: bool = False
     """Loads come in two parts: the first layer, and the rest."""
@@ -28,8 +29,12 @@ class FakePager:
     def look(self, job: Look) -> None:
         self.jobs.append(job)
 
-    def load(self, job: Load) -> None:
+    def load(self, job: Load, arrivals: Arrivals) -> None:
+        self.arrivals[job.serial] = arrivals
         self.jobs.append(job)
+
+    def cancel(self, serial: int) -> None:
+        assert self.arrivals[serial].failed
 
     def keep(self, job: Keep) -> None:
         self.jobs.append(job)
@@ -55,8 +60,8 @@ class FakePager:
             match job:
                 case Look():
                     self.events.append(Found(job.serial, self._tiers(job.keys), self._tiers(job.states)))
-                case Load() if self.layered and job.arrivals.fraction == 0 and not job.arrivals.failed:
-                    job.arrivals.arrived(1)
+                case Load() if self.layered and self._untouched(self.arrivals[job.serial]):
+                    self.arrivals[job.serial].arrived(1)
                     self.jobs.appendleft(job)
                 case Load():
                     self.events.append(self._load(job, fault))
@@ -68,10 +73,14 @@ class FakePager:
     def finish(self, arrivals: Arrivals) -> None:
         """A step waits for the rest of this load."""
         for job in self.jobs:
-            if isinstance(job, Load) and job.arrivals is arrivals:
+            if isinstance(job, Load) and self.arrivals[job.serial] is arrivals:
                 self.jobs.remove(job)
                 self.events.append(self._load(job, self.gate_fault))
                 return
+
+    @staticmethod
+    def _untouched(arrivals: Arrivals) -> bool:
+        return arrivals.fraction == 0 and not arrivals.failed
 
     def _tiers(self, keys: object) -> list[Tier | None]:
         return [Tier.NVME if key in self.records else None for key in keys]  # type: ignore[attr-defined]
@@ -84,10 +93,11 @@ class FakePager:
         state = None
         if job.state is not None:
             state = self._bring(RecordKind.STATE, *job.state, None if job.keys else fault)
-        if all(reason is Reason.HIT for reason in reasons) and not job.arrivals.failed:
-            job.arrivals.arrived(2)
+        arrivals = self.arrivals[job.serial]
+        if all(reason is Reason.HIT for reason in reasons) and not arrivals.failed:
+            arrivals.arrived(2)
         else:
-            job.arrivals.fail()
+            arrivals.fail()
         return Loaded(job.serial, reasons, [Tier.NVME] * len(reasons), state, 0.001)
 
     def _bring(self, kind: RecordKind, key: bytes, place: int, fault: Reason | None) -> Reason:

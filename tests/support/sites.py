@@ -7,7 +7,7 @@ from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.events import RequestOutput
 from isthmus.contracts.requests import EngineRequest
 from isthmus.execution.inference.engine import EngineCore
-from isthmus.execution.inference.paging.pager import PagerThreads, RunnerMemory, shapes
+from isthmus.execution.inference.paging.local import LocalPager
 from isthmus.execution.inference.paging.settings import PagingSettings
 from isthmus.execution.inference.runner import TorchRunner
 from isthmus.execution.inference.settings import SchedulerSettings
@@ -23,9 +23,7 @@ class Site:
         self.runner, self.store = runner, store
         self.rung = threading.Event()
         settings = PagingSettings(look_s=WITHIN_S, **paging)  # type: ignore[arg-type]
-        self.pager = PagerThreads(
-            store, RunnerMemory(runner), shapes(runner.info), settings, SystemClock(), wake=self.rung.set
-        )
+        self.pager = LocalPager(store, runner, settings, SystemClock(), wake=self.rung.set)
         self.core = EngineCore(runner, SchedulerSettings(paging=settings), SystemClock(), pager=self.pager)
         # A tiny model computes faster than it loads: what is tested is loading.
         self.core._scheduler._paging.rates.worth = lambda *args: True  # type: ignore
@@ -53,7 +51,7 @@ class Site:
 
     def settle(self) -> None:
         """Everything is written behind."""
-        self.pager.settle(WITHIN_S)
+        self.pager.threads.settle(WITHIN_S)
         while self.core.begin_step():
             self.core.finish_step()
         self.core.check()
@@ -69,4 +67,4 @@ class Site:
 
     def close(self) -> None:
         self.pager.close()
-        assert not any(thread.is_alive() for thread in self.pager._threads)
+        assert not self.pager.threads.alive

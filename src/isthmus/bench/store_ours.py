@@ -213,8 +213,7 @@ class Logged:
 
     def get(self, batch: Sequence[tuple[Record, Want]]) -> None:
         """See `Measured`."""
-        found = self._log.locate([want.key for _, want in batch])
-        places = [place for place in found if place is not None and self._log.pin(place)]
+        places = [place for place in self._log.hold([want.key for _, want in batch]) if place is not None]
         try:
             if len(places) < len(batch):
                 raise StoreError("the log does not find a record")

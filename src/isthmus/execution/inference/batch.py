@@ -8,13 +8,14 @@ each draft: 1 to drafts + 1 tokens. Draft verification is by equality with the t
 would give, so speculation never changes an output.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from isthmus.contracts.blocks import RecordKind
 from isthmus.contracts.events import ModelInfo, TokenLogprob
 from isthmus.contracts.sampling import SamplingParams
+from isthmus.execution.inference.host_memory import HostMemory
 from isthmus.execution.inference.paging.jobs import Arrivals
 
 SAMPLED = -1
@@ -180,6 +181,12 @@ class Runner(Protocol):
         """The bytes of a block's or a state slot's record where they lie, writable, so that others than steps may copy
         them at any time (what is being copied must not be part of a step); None where the processor cannot address
         them.
+        """
+        ...
+
+    def host(self) -> Mapping[RecordKind, HostMemory]:
+        """The pools of block and state records, one record after the other, as another process may be given them; none
+        where the device's memory is not the host's.
         """
         ...
 

@@ -19,7 +19,7 @@ from isthmus.contracts.requests import EngineRequest
 from isthmus.execution.inference.admission import refusal
 from isthmus.execution.inference.batch import Batch, Runner, StepHandle
 from isthmus.execution.inference.grammar.service import Grammars
-from isthmus.execution.inference.paging.policy import Pager
+from isthmus.execution.inference.paging.jobs import Pager
 from isthmus.execution.inference.profile import SCHEDULE, StepProfile
 from isthmus.execution.inference.scheduler import Scheduler
 from isthmus.execution.inference.settings import SchedulerSettings

@@ -7,22 +7,10 @@ another request left in a block (even NaN) can never reach a sum.
 
 import math
 
-import numpy as np
 import torch
 
 from isthmus.contracts.errors import InvalidInput
-
-_ALIGNMENT = 64
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU pages become resident when they are first written (torch.zeros would write them all)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    count = math.prod(shape) * dtype.itemsize
-    flat = np.zeros(count + _ALIGNMENT, np.uint8)
-    first = -flat.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(flat[first : first + count]).view(dtype).view(shape)
+from isthmus.execution.inference.host_memory import HostMemory, host_memory
 
 
 class KvMemory:
@@ -45,7 +33,13 @@ class KvMemory:
         shape = (blocks + 1, layers, 2, block_tokens, kv_heads, head_dim)
         self.blocks, self.layers, self.block_tokens = blocks, layers, block_tokens
         self.kv_heads, self.head_dim = kv_heads, head_dim
-        self._pool = _zeros(shape, dtype, device)
+        self.host: HostMemory | None = None
+        """Where it lies when the device is a CPU, for other processes to copy records to and from."""
+        if device.type == "cpu":
+            self.host = host_memory("kv", math.prod(shape) * dtype.itemsize)
+            self._pool = torch.from_numpy(self.host.bytes).view(dtype).view(shape)
+        else:
+            self._pool = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = self._pool.view(-1, kv_heads * head_dim)
         self._offsets = torch.arange(layers, device=device)[:, None] * (2 * block_tokens)
 

@@ -8,11 +8,9 @@ gone: the process ends. Nothing of a request is kept once it ended, and nothing 
 import select
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 
-from isthmus.contracts.blocks import BlockStore
 from isthmus.contracts.clock import SystemClock
 from isthmus.contracts.errors import InvalidInput, IsthmusError
 from isthmus.contracts.events import (
@@ -32,19 +30,18 @@ from isthmus.contracts.events import (
     Submit,
 )
 from isthmus.contracts.wire import FrameReader, encode_frame
+from isthmus.execution.inference.bell import Bell
 from isthmus.execution.inference.engine import EngineCore
 from isthmus.execution.inference.grammar.service import Grammars
 from isthmus.execution.inference.heap import keep_freed, one_heap
-from isthmus.execution.inference.paging.pager import PagerThreads, RunnerMemory, shapes
+from isthmus.execution.inference.paging.host import PagerHost
+from isthmus.execution.inference.paging.jobs import Pager
 from isthmus.execution.inference.settings import EngineSettings
 
 RECEIVE_BYTES = 1 << 18
 SEND_TIMEOUT_S = 30.0
 BUILD_POLL_S = 1.0
 SETTINGS_FRAME_BYTES = 1 << 16
-SWITCH_S = 0.00005
-"""How long a thread of paging may keep the interpreter from the loop and from a step's operators, each of which has to
-get it back (seconds; Python's own choice is 0.005)."""
 
 
 class Hangup(Exception):
@@ -90,37 +87,6 @@ class Link:
         if not data:
             raise Hangup
         return data
-
-
-class Bell:
-    """Ends a wait from another thread. Rung many times before it is heard, it is heard once."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    @property
-    def fileno(self) -> int:
-        """Readable once it was rung, until `hush`."""
-        return self._reader.fileno()
-
-    def ring(self) -> None:
-        """End the wait that is under way, or the next one."""
-        # Full means rung often enough.
-        with suppress(BlockingIOError):
-            self._writer.send(b"!")
-
-    def hush(self) -> None:
-        """As if it had never been rung."""
-        with suppress(BlockingIOError):
-            while self._reader.recv(1 << 12):
-                pass
-
-    def close(self) -> None:
-        """Nobody rings any more."""
-        self._reader.close()
-        self._writer.close()
 
 
 class Loop:
@@ -203,17 +169,15 @@ class Loop:
         return refused
 
 
-def serve(link: Link, open_store: Callable[[], BlockStore | None]) -> None:
-    """Load the model, then run until the parent hangs up. State that leaves the device is kept in the store, if
-    there is one, and loaded from it.
+def serve(link: Link, host: PagerHost | None) -> None:
+    """Load the model, then run until the parent hangs up. State that leaves the device is kept by `host`, if there is
+    one, in its store, and loaded from it.
     """
     settings = link.settings()
     link.send(Progress("starting", 0.0))
     kept = one_heap()
     from isthmus.execution.inference.runner import open_runner
 
-    link.send(Progress("opening the block store", 0.0))
-    store = open_store()
     runner = open_runner(settings, lambda stage, fraction: link.send(Progress(stage, fraction)))
     if not (keep_freed() and kept):
         sys.stderr.write("isthmus-engine: this libc cannot be told to keep freed memory; steps will be slower\n")
@@ -226,12 +190,11 @@ def serve(link: Link, open_store: Callable[[], BlockStore | None]) -> None:
         most_open=2 * settings.scheduler.max_running,
         draft_tokens=settings.scheduler.draft_tokens,
     )
-    pager: PagerThreads | None = None
+    pager: Pager | None = None
     try:
-        if store is not None:
-            sys.setswitchinterval(SWITCH_S)
-            paging = settings.scheduler.paging
-            pager = PagerThreads(store, RunnerMemory(runner), shapes(runner.info), paging, clock, wake=bell.ring)
+        if host is not None:
+            link.send(Progress("opening the block store", 0.0))
+            pager = host.serve(runner, settings.scheduler.paging, bell.ring)
         profile = runner.profile if settings.profile else None
         told, wake = runner.compiled_state, bell.ring
         core = EngineCore(
@@ -241,18 +204,18 @@ def serve(link: Link, open_store: Callable[[], BlockStore | None]) -> None:
         Loop(core, link, bell).run()
     finally:
         grammars.shut()
-        if pager is not None:
-            pager.close()
+        if host is not None:
+            host.close()
         runner.close()
         bell.close()
 
 
-def run(link: Link, open_store: Callable[[], BlockStore | None] = lambda: None) -> int:
+def run(link: Link, host: PagerHost | None = None) -> int:
     """Serve the parent at the other end of `link` until it hangs up; the exit status. A start-up error, of the store's,
     too, is sent as `Failed`.
     """
     try:
-        serve(link, open_store)
+        serve(link, host)
     except (Hangup, KeyboardInterrupt):
         return 0
     except IsthmusError as error:

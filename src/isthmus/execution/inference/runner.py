@@ -24,6 +24,7 @@ from isthmus.execution.inference.cores import choose_threads
 from isthmus.execution.inference.exact import exact_kernels
 from isthmus.execution.inference.exact_proof import exact_arithmetic, prove_exact
 from isthmus.execution.inference.heap import available_bytes
+from isthmus.execution.inference.host_memory import HostMemory
 from isthmus.execution.inference.kv_memory import KvMemory
 from isthmus.execution.inference.linear.dense import computes_bf16, dense_linear
 from isthmus.execution.inference.model_config import ModelConfig, load_config
@@ -127,6 +128,13 @@ class TorchRunner:
     def view(self, kind: RecordKind, place: int) -> memoryview | None:
         """See `Runner`."""
         return self._memory.view(place) if kind is RecordKind.BLOCK else self._state_memory().view(place)
+
+    def host(self) -> dict[RecordKind, HostMemory]:
+        """The pools of records, as other processes may be given them; none of a device that is no CPU."""
+        pools = {RecordKind.BLOCK: self._memory.host}
+        if self._states is not None:
+            pools[RecordKind.STATE] = self._states.host
+        return {kind: pool for kind, pool in pools.items() if pool is not None}
 
     def read_block(self, block: int) -> bytes:
         """See `Runner`. After the steps handed in before it."""

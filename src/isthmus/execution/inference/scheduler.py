@@ -36,7 +36,8 @@ from isthmus.execution.inference.inflight import InflightPrefixes
 from isthmus.execution.inference.lease import Lease
 from isthmus.execution.inference.outcome import take_result
 from isthmus.execution.inference.paging.jobs import Event as PageEvent
-from isthmus.execution.inference.paging.policy import Pager, Paging, Verdict
+from isthmus.execution.inference.paging.jobs import Pager
+from isthmus.execution.inference.paging.policy import Paging, Verdict
 from isthmus.execution.inference.pool import BlockPool, PoolCorrupt
 from isthmus.execution.inference.recurrent import RecurrentStates
 from isthmus.execution.inference.sequence import Sequence, State

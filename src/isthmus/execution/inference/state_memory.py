@@ -5,10 +5,13 @@ writing a slot is one copy, bit for bit. The extra last slot is zero and never w
 position.
 """
 
+import math
+
 import torch
 
 from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.layout import StateFormat
+from isthmus.execution.inference.host_memory import HostMemory, host_memory
 
 
 class StateMemory:
@@ -16,7 +19,14 @@ class StateMemory:
 
     def __init__(self, slots: int, shape: StateFormat, device: torch.device) -> None:
         self.slots, self.shape = slots, shape
-        self._pool = torch.zeros(slots + 1, shape.state_bytes // 4, dtype=torch.float32, device=device)
+        size = (slots + 1, shape.state_bytes // 4)
+        self.host: HostMemory | None = None
+        """As of `KvMemory`."""
+        if device.type == "cpu":
+            self.host = host_memory("state", math.prod(size) * 4)
+            self._pool = torch.from_numpy(self.host.bytes).view(torch.float32).view(size)
+        else:
+            self._pool = torch.zeros(size, dtype=torch.float32, device=device)
         conv = shape.channels * shape.history
         layers = self._pool.view(slots + 1, shape.layers, -1).unbind(1)
         sizes = (shape.heads, shape.key_dim, shape.value_dim)

@@ -1,12 +1,15 @@
-"""What the scheduler's side of paging (policy.py) and its threads (pager.py) tell each other. Plain values.
+"""What the scheduler's side of paging (policy.py) and its threads (pager.py) tell each other. Plain values, which also
+go between processes.
 
-policy -> pager    Look | Load | Keep | Notice
-pager -> policy    Found | Loaded | Kept | Erased
+policy -> pager    Look | Load | Keep | Notice | Cancel
+pager -> policy    Found | Loaded | Kept | Erased | Lost, and Arrived, which goes to the load's `Arrivals` (inbox.py)
 """
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
 
 from isthmus.contracts.blocks import Erasure, Hint, Lifetime, Owner, Reason, RecordKind, Tier
 from isthmus.contracts.keys import BlockKey
@@ -52,8 +55,11 @@ class Arrivals:
             return self._layers > layer and not self._failed
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class _Value(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A job or an event."""
+
+
+class Look(_Value, frozen=True):
     """Where are these blocks, and the snapshots (as many, or none) at their ends? Of the sequence `serial`."""
 
     serial: int
@@ -61,31 +67,38 @@ class Look:
     states: Sequence[BlockKey] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The answer to a `Look`: a tier for each key, None where it is not."""
+class Found(_Value, frozen=True):
+    """The answer to a `Look`: a tier for each key, None where it is not; `reason`: why not."""
 
     serial: int
     tiers: Sequence[Tier | None]
     states: Sequence[Tier | None] = ()
+    reason: Reason = Reason.ABSENT
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(_Value, frozen=True):
     """Bring records into the device's memory: `keys[i]` into block `blocks[i]`, and a snapshot into a slot.
 
-    Nobody else reads or writes them until `Loaded` comes, but for who waits on `arrivals`.
+    Nobody else reads or writes them until `Loaded` comes, but for who waits on the load's `Arrivals`.
     """
 
     serial: int
     keys: Sequence[BlockKey]
     blocks: Sequence[int]
-    arrivals: Arrivals
     state: tuple[BlockKey, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Arrived(_Value, frozen=True):
+    """The first `layers` layers of all blocks of a `Load` are there, verified; `spoiled`: the rest will not come for
+    all of them.
+    """
+
+    serial: int
+    layers: int
+    spoiled: bool = False
+
+
+class Loaded(_Value, frozen=True):
     """The end of a `Load`, one reason a block; `seconds` from its start, `tiers` where they came from."""
 
     serial: int
@@ -94,9 +107,19 @@ class Loaded:
     state: Reason | None
     seconds: float
 
+    @property
+    def whole(self) -> bool:
+        """Whether everything came."""
+        return all(reason is Reason.HIT for reason in self.reasons) and self.state in (None, Reason.HIT)
 
-@dataclass(frozen=True, slots=True)
-class Keep:
+
+class Cancel(_Value, frozen=True):
+    """What is being loaded for `serial` is not wanted any more; `Loaded` comes all the same."""
+
+    serial: int
+
+
+class Keep(_Value, frozen=True):
     """Write a block (or the state in slot `place`) behind. It does not change until `Kept` comes."""
 
     kind: RecordKind
@@ -107,8 +130,7 @@ class Keep:
     lifetime: Lifetime
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(_Value, frozen=True):
     """The end of a `Keep`."""
 
     kind: RecordKind
@@ -116,19 +138,51 @@ class Kept:
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(_Value, frozen=True):
     """Pass a hint on to the store."""
 
     hint: Hint
 
 
-@dataclass(frozen=True, slots=True)
-class Erased:
+class Erased(_Value, frozen=True):
     """Scopes that were forgotten since the last time; `everything`: more than can be told, so all must go."""
 
     erasures: Sequence[Erasure]
     everything: bool = False
 
 
-Event = Found | Loaded | Kept | Erased
+class Lost(_Value, frozen=True):
+    """The process that pages is gone; what it was doing has ended as unavailable."""
+
+
+Job = Look | Load | Keep | Notice | Cancel
+Event = Found | Loaded | Kept | Erased | Lost
+Told = Callable[[Sequence[Event | Arrived]], None]
+
+
+class Pager(Protocol):
+    """Does it. Nothing here waits."""
+
+    def look(self, job: Look) -> None:
+        """Ask where blocks are."""
+        ...
+
+    def load(self, job: Load, arrivals: Arrivals) -> None:
+        """Bring blocks in, and say on `arrivals` how far that is."""
+        ...
+
+    def cancel(self, serial: int) -> None:
+        """What is being loaded for `serial`, if anything, is not wanted any more."""
+        ...
+
+    def keep(self, job: Keep) -> None:
+        """Write a block behind."""
+        ...
+
+    def notice(self, hint: Hint) -> None:
+        """Pass on a hint."""
+        ...
+
+    def take(self) -> list[Event]:
+        """What happened since the last call."""
+        ...

@@ -4,36 +4,47 @@ Three of them: one asks where blocks are, one loads, one writes (and hears once 
 jobs from a bounded queue, and every job ends with one event within the store's time limits. Blocks are read and written
 where they lie, beside running steps: the scheduler leases what they touch, so no step does (policy.py). Where the
 processor cannot address the device's memory, the runner copies between its steps.
+
+They run in a process of their own (remote.py, serving.py), or beside the engine where memory cannot be shared
+(local.py).
 """
 
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from isthmus.contracts.blocks import (
     MAX_BATCH,
     BlockStore,
-    Erasure,
-    Hint,
     Lease,
     Match,
     Outcome,
     Put,
     Reason,
     RecordKind,
-    Shape,
     Tier,
     Want,
 )
 from isthmus.contracts.clock import Clock
-from isthmus.contracts.events import ModelInfo
 from isthmus.contracts.keys import BlockKey
-from isthmus.execution.inference.batch import Runner
-from isthmus.execution.inference.paging.jobs import Erased, Event, Found, Keep, Kept, Load, Loaded, Look, Notice
+from isthmus.execution.inference.paging.jobs import (
+    Arrived,
+    Cancel,
+    Erased,
+    Found,
+    Job,
+    Keep,
+    Kept,
+    Load,
+    Loaded,
+    Look,
+    Notice,
+    Told,
+)
+from isthmus.execution.inference.paging.memory import DeviceMemory, Shapes
 from isthmus.execution.inference.paging.settings import PagingSettings
 
 MAX_LOOKS = 4096
@@ -48,38 +59,6 @@ WRITE_S = 5.0
 T = TypeVar("T")
 
 
-class DeviceMemory(Protocol):
-    """The part of a `Runner` that paging needs."""
-
-    def view(self, kind: RecordKind, place: int) -> memoryview | None:
-        """The record's own bytes, writable; None where the processor cannot address them."""
-        ...
-
-    def read(self, kind: RecordKind, place: int) -> bytes:
-        """A copy of a record."""
-        ...
-
-    def write(self, kind: RecordKind, place: int, record: bytes) -> None:
-        """Set a record."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The form of a block and of a state snapshot; no state in a model without."""
-
-    block: Shape
-    state: Shape | None
-
-    def of(self, kind: RecordKind) -> Shape:
-        """The form of records of `kind`. Raises `ValueError` for a state where there are none."""
-        if kind is RecordKind.BLOCK:
-            return self.block
-        if self.state is None:
-            raise ValueError("this model has no recurrent state")
-        return self.state
-
-
 @dataclass(frozen=True, slots=True)
 class _Mark:
     """Set `done` when what was queued before it is written."""
@@ -87,39 +66,8 @@ class _Mark:
     done: threading.Event
 
 
-def shapes(info: ModelInfo) -> Shapes:
-    """The forms of the records of an engine that serves this."""
-    block = Shape(RecordKind.BLOCK, info.layers, info.block_bytes // info.layers)
-    if info.states is None:
-        return Shapes(block, None)
-    layers = info.states.layers
-    return Shapes(block, Shape(RecordKind.STATE, layers, info.states.state_bytes // layers))
-
-
-class RunnerMemory:
-    """`DeviceMemory` of a runner."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-
-    def view(self, kind: RecordKind, place: int) -> memoryview | None:
-        """See `DeviceMemory`."""
-        return self._runner.view(kind, place)
-
-    def read(self, kind: RecordKind, place: int) -> bytes:
-        """See `DeviceMemory`. Between steps."""
-        return self._runner.read_block(place) if kind is RecordKind.BLOCK else self._runner.read_state(place)
-
-    def write(self, kind: RecordKind, place: int, record: bytes) -> None:
-        """See `DeviceMemory`. Between steps."""
-        if kind is RecordKind.BLOCK:
-            self._runner.write_block(place, record)
-        else:
-            self._runner.write_state(place, record)
-
-
 class PagerThreads:
-    """Implements `policy.Pager`. `wake` is called, from any thread, when `take` has something."""
+    """Takes jobs, from any thread, and tells what came of them, from its own. Start it by making one."""
 
     def __init__(
         self,
@@ -129,15 +77,18 @@ class PagerThreads:
         settings: PagingSettings,
         clock: Clock,
         *,
-        wake: Callable[[], None],
+        told: Told,
+        heard: int = -1,
     ) -> None:
+        """`heard`: the number of the last erasure that the engine knows of; -1: it holds no state yet."""
         self._store, self._memory, self._shapes = store, memory, shapes
-        self._settings, self._clock, self._wake = settings, clock, wake
+        self._settings, self._clock, self._told = settings, clock, told
         self._looks: queue.Queue[Look | None] = queue.Queue(MAX_LOOKS)
         self._loads: queue.Queue[Load | None] = queue.Queue()  # bounded by max_loading
         self._keeps: queue.Queue[Keep | Notice | _Mark | None] = queue.Queue()  # bounded by keep_bytes and MAX_NOTICES
-        self._events: deque[Event] = deque()
-        self._heard = 0
+        self._wanted: dict[int, bool] = {}
+        """Loads that have not ended, by their serial: False once cancelled."""
+        self._heard, self._epoch = heard, b""
         self._closing = False
         targets = {"look": self._look_loop, "load": self._load_loop, "keep": self._keep_loop}
         self._threads = [
@@ -146,34 +97,33 @@ class PagerThreads:
         for thread in self._threads:
             thread.start()
 
-    # ---- what the scheduler's side calls
+    def do(self, job: Job) -> None:
+        """Have a job done. With too many looks in the queue the answer is that nothing is there; with too many hints
+        one is dropped: they are advice.
+        """
+        match job:
+            case Look():
+                try:
+                    self._looks.put_nowait(job)
+                except queue.Full:
+                    nowhere = [None] * len(job.keys), [None] * len(job.states)
+                    self._told([Found(job.serial, *nowhere, Reason.FULL)])
+            case Load():
+                self._wanted[job.serial] = True
+                self._loads.put(job)
+            case Cancel():
+                if job.serial in self._wanted:
+                    self._wanted[job.serial] = False
+            case Keep():
+                self._keeps.put(job)
+            case Notice():
+                if self._keeps.qsize() < MAX_NOTICES:
+                    self._keeps.put(job)
 
-    def look(self, job: Look) -> None:
-        """See `policy.Pager`. With too many in the queue the answer is that nothing is there."""
-        try:
-            self._looks.put_nowait(job)
-        except queue.Full:
-            self._tell(Found(job.serial, [None] * len(job.keys), [None] * len(job.states)))
-
-    def load(self, job: Load) -> None:
-        """See `policy.Pager`."""
-        self._loads.put(job)
-
-    def keep(self, job: Keep) -> None:
-        """See `policy.Pager`."""
-        self._keeps.put(job)
-
-    def notice(self, hint: Hint) -> None:
-        """See `policy.Pager`. With too many in the queue it is dropped: hints are advice."""
-        if self._keeps.qsize() < MAX_NOTICES:
-            self._keeps.put(Notice(hint))
-
-    def take(self) -> list[Event]:
-        """What happened since the last call."""
-        events: list[Event] = []
-        while self._events:
-            events.append(self._events.popleft())
-        return events
+    @property
+    def alive(self) -> bool:
+        """Whether a thread of it still runs."""
+        return any(thread.is_alive() for thread in self._threads)
 
     def close(self, timeout_s: float = WRITE_S) -> None:
         """End the threads after what they are doing; what waits is not done."""
@@ -192,10 +142,6 @@ class PagerThreads:
         done.wait(timeout_s)
         return self._store.flush(max(0.0, end - self._clock.monotonic()))
 
-    def _tell(self, event: Event) -> None:
-        self._events.append(event)
-        self._wake()
-
     # ---- looking
 
     def _look_loop(self) -> None:
@@ -203,7 +149,7 @@ class PagerThreads:
             matches = self._match([*job.keys, *job.states])
             tiers = [match.tier for match in matches]
             count = len(job.keys)
-            self._tell(Found(job.serial, tiers[:count], tiers[count:]))
+            self._told([Found(job.serial, tiers[:count], tiers[count:])])
 
     def _match(self, keys: Sequence[BlockKey]) -> list[Match]:
         found: list[Match] = []
@@ -215,7 +161,9 @@ class PagerThreads:
 
     def _load_loop(self) -> None:
         for job in _jobs(self._loads):
-            self._tell(self._load(job))
+            loaded = self._load(job)
+            self._wanted.pop(job.serial, None)
+            self._told([loaded])
 
     def _load(self, job: Load) -> Loaded:
         """Carry out a load: group of layers by group of layers, batch of blocks by batch of blocks."""
@@ -234,22 +182,18 @@ class PagerThreads:
         cuts = [shape.chunks * group // groups for group in range(groups + 1)]
         for first, last in pairwise(cuts):
             for start in range(0, good, batch):
-                if job.arrivals.failed or self._closing:
-                    reasons[start:] = [Reason.LATE] * (len(reasons) - start)
-                    good = min(good, start)
-                    break
+                if not self._wanted.get(job.serial) or self._closing:
+                    late = [Reason.LATE] * len(reasons)
+                    return Loaded(job.serial, late, tiers, state, self._clock.monotonic() - begun)
                 part = slice(start, min(start + batch, good))
                 outcomes = self._read(job, part, (first, last), end)
                 for index, outcome in enumerate(outcomes, start):
                     reasons[index], tiers[index] = outcome.reason, outcome.tier
                 bad = next((i for i, one in enumerate(outcomes, start) if one.reason is not Reason.HIT), None)
                 if bad is not None:
-                    good = bad
-                    job.arrivals.fail()
+                    good = bad  # what is before it is still worth having
                     break
-            if not job.arrivals.failed:
-                job.arrivals.arrived(last)
-                self._wake()  # the request may be able to start
+            self._told([Arrived(job.serial, last, good < len(job.keys))])
         reasons[good + 1 :] = [Reason.LATE] * len(reasons[good + 1 :])
         return Loaded(job.serial, reasons, tiers, state, self._clock.monotonic() - begun)
 
@@ -331,18 +275,23 @@ class PagerThreads:
             payload = memoryview(self._memory.read(job.kind, job.place)) if view is None else view
             puts.append(Put(job.key, job.parent, job.owner, self._shapes.of(job.kind), payload, job.lifetime))
         outcomes = self._store.write(puts, WRITE_S)
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            self._events.append(Kept(job.kind, job.place, outcome.reason))
-        self._wake()
+        self._told([Kept(job.kind, job.place, one.reason) for job, one in zip(jobs, outcomes, strict=True)])
 
     def _hear(self) -> None:
         """Learn what was forgotten since the last time."""
-        known: tuple[Erasure, ...] = self._store.stats().erasures
+        stats = self._store.stats()
+        known = stats.erasures
+        if stats.epoch != self._epoch:
+            self._epoch = stats.epoch
+            numbered = any(tier.tier == Tier.NVME and tier.capacity for tier in stats.tiers)
+            if not numbered or (known and known[-1].number < self._heard):
+                # Another log, or a store that keeps none: its numbers began anew.
+                self._heard = min(self._heard, 0)
         new = [one for one in known if one.number > self._heard]
+        everything = bool(new) and 0 <= self._heard < new[0].number - 1
+        self._heard = max(self._heard, new[-1].number if new else 0)
         if new:
-            everything = new[0].number > self._heard + 1 and self._heard > 0
-            self._heard = new[-1].number
-            self._tell(Erased(new, everything))
+            self._told([Erased(new, everything)])
 
 
 def _jobs(jobs: "queue.Queue[T | None]") -> Iterator[T]:

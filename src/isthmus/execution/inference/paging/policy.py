@@ -23,7 +23,6 @@ import enum
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as View
 from dataclasses import dataclass
-from typing import Protocol
 
 from isthmus.contracts.blocks import Hint, Lifetime, Owner, Reason, RecordKind, Tier, namespace_id, session_id
 from isthmus.contracts.events import ModelInfo, SessionHint
@@ -33,7 +32,19 @@ from isthmus.execution.inference.inflight import InflightPrefixes
 from isthmus.execution.inference.lease import Lease
 from isthmus.execution.inference.paging.breakeven import BreakEven
 from isthmus.execution.inference.paging.erased import Owners
-from isthmus.execution.inference.paging.jobs import Arrivals, Erased, Event, Found, Keep, Kept, Load, Loaded, Look
+from isthmus.execution.inference.paging.jobs import (
+    Arrivals,
+    Erased,
+    Event,
+    Found,
+    Keep,
+    Kept,
+    Load,
+    Loaded,
+    Look,
+    Lost,
+    Pager,
+)
 from isthmus.execution.inference.paging.settings import PagingSettings
 from isthmus.execution.inference.pool import BlockPool
 from isthmus.execution.inference.recurrent import RecurrentStates
@@ -50,30 +61,6 @@ MEASURED_TOKENS = 64
 
 MAX_SESSIONS = 4096
 """Sessions whose last keys are remembered, for hints between their turns."""
-
-
-class Pager(Protocol):
-    """The threads that do it. Nothing here waits."""
-
-    def look(self, job: Look) -> None:
-        """Ask where blocks are."""
-        ...
-
-    def load(self, job: Load) -> None:
-        """Bring blocks in."""
-        ...
-
-    def keep(self, job: Keep) -> None:
-        """Write a block behind."""
-        ...
-
-    def notice(self, hint: Hint) -> None:
-        """Pass on a hint."""
-        ...
-
-    def take(self) -> list[Event]:
-        """What happened since the last call."""
-        ...
 
 
 class Verdict(enum.Enum):
@@ -100,6 +87,7 @@ class _Loading:
     held: int
     """Blocks of the lease that were on the device before."""
     job: Load
+    arrivals: Arrivals
     tiers: View[Tier | None]
     depth: int
     """Blocks of the prefix that the state (if any) belongs to."""
@@ -185,7 +173,7 @@ class Paging:
             (here, self._reach(found, here)) if self._states is None else self._state_reach(found, keys, here)
         )
         if depth <= start:
-            self._drop(sequence, Reason.ABSENT if depth < len(keys) else None)
+            self._drop(sequence, found.reason if depth < len(keys) else None)
             return Verdict.GO
         # Whoever found no room goes first: loads that need less would keep it from finding any.
         if (
@@ -249,14 +237,14 @@ class Paging:
                 return False
             state = (sequence.state_keys(depth, self._state_digest)[depth - 1], slot)
         keys = sequence.keys(depth)[here:depth]
-        job = Load(sequence.serial, keys, list(lease.blocks[here:]), Arrivals(self._layers), state)
+        job, arrivals = Load(sequence.serial, keys, list(lease.blocks[here:]), state), Arrivals(self._layers)
         self._loading[sequence.serial] = _Loading(
-            sequence, lease, here, job, found.tiers[here:depth], depth, predicted_s
+            sequence, lease, here, job, arrivals, found.tiers[here:depth], depth, predicted_s
         )
         self._found.pop(sequence.serial)
         self._short.pop(sequence.serial, None)
         self._inflight.register(sequence.id, keys)
-        self._pager.load(job)
+        self._pager.load(job, arrivals)
         return True
 
     def startable(self, most: int) -> Iterator[tuple[Sequence, Lease, int, Arrivals]]:
@@ -264,7 +252,7 @@ class Paging:
         sequence, a lease of its own on all blocks, how many of them were on the device before, and what to wait on.
         """
         for one in self._loading.values():
-            arrivals = one.job.arrivals
+            arrivals = one.arrivals
             if most < 1:
                 return
             if one.early or self._states is not None or one.sequence.doomed is not None or arrivals.failed:
@@ -285,7 +273,8 @@ class Paging:
         """`sequence` will not use what is being loaded for it."""
         one = self._loading.get(sequence.serial)
         if one is not None:
-            one.job.arrivals.fail()
+            one.arrivals.fail()
+            self._pager.cancel(sequence.serial)
 
     def loads(self, sequence: Sequence) -> bool:
         """Whether something is being loaded for `sequence`."""
@@ -325,6 +314,8 @@ class Paging:
                 self._written(event)
             case Erased():
                 self._owners.erase(event)
+            case Lost():
+                self.count("pager_lost")
         return None
 
     def _landed(self, event: Loaded) -> tuple[Sequence, list[RequestId]] | None:
