@@ -55,8 +55,8 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is tried: `blocks` of `chunks` x `chunk_bytes` are there before the kills, of which there are `rounds` of
-    each kind; the log that is recovered has `records` of 4 KiB, and is recovered `recoveries` times.
+    """How much is tried: `blocks` of `chunks` x `chunk_bytes` are there before the kills, of which there are `rounds`
+    of each kind; the log that is recovered has `records` of 4 KiB, and is recovered `recoveries` times.
     """
 
     folder: Path
