@@ -25,8 +25,6 @@ from isthmus.state.kv.client import RemoteStore, open_client
 from isthmus.state.kv.lanepool import ClientSettings
 from isthmus.state.kv.settings import DaemonSettings, StoreSettings
 
-pytestmark = pytest.mark.chaos  # begun: not a part of `make test` before it has run clean
-
 WITHIN_S = 20.0
 
 

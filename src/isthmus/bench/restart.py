@@ -14,6 +14,7 @@ one whose log is empty). Beside it stands what the disk reads without a store (d
 """
 
 import json
+import os
 import random
 import shutil
 import statistics
@@ -30,7 +31,7 @@ from typing import Any
 
 from isthmus.bench.client import BadAnswer
 from isthmus.bench.disk_limits import disk_rates
-from isthmus.bench.meters import cpu_seconds, disk_bytes_read
+from isthmus.bench.meters import cpu_seconds, disk_bytes_read, other_load, read
 from isthmus.bench.restart_worker import MOST_BATCH
 from isthmus.bench.targets import LinesTarget
 from isthmus.config import inherited_environment
@@ -364,7 +365,16 @@ def recovery(plan: Plan, say: Say) -> dict[str, Any]:
 
 def typical(rounds: Sequence[dict[str, Any]], bytes_per_s: float) -> dict[str, Any]:
     """Medians over the rounds; what the disk alone would have taken to read as much."""
-    names = ("records", "seconds", "cpu_s", "read_bytes", "segments_scanned", "daemon_ready_s", "daemon_cpu_s")
+    names = (
+        "records",
+        "seconds",
+        "cpu_s",
+        "read_bytes",
+        "segments_scanned",
+        "daemon_ready_s",
+        "daemon_cpu_s",
+        "other_load",
+    )
     found = {name: round(statistics.median(one[name] for one in rounds), _DIGITS) for name in names}
     return {
         **found,
@@ -385,22 +395,25 @@ def _recover(house: _House, chance: random.Random) -> dict[str, Any]:
     told, _ = client.written()
     house.next = max([house.next, *(one["kept"][0] + one["kept"][1] for one in told)]) + MOST_BATCH
     opener = [sys.executable, "-m", "isthmus.bench.restart_worker", "open", str(daemon.state), str(daemon.disk)]
+    before = read([os.getpid()])
     done = subprocess.run(opener, capture_output=True, check=False, timeout=_WITHIN_S, env=inherited_environment())
+    load = other_load(before, read([os.getpid()]))
     if done.returncode:
         raise BadAnswer(f"the log does not open: {done.stderr.decode(errors='replace')[-1500:]}")
     found: dict[str, Any] = json.loads(done.stdout)
     started = daemon.start()
     client.served(0)
     sample = [(number, 1) for number in chance.sample(range(known), min(SAMPLE, known))]
-    read = client.read(sample)
+    back = client.read(sample)
     return {
         **found,
+        "other_load": round(load, 3),
         "daemon_ready_s": started["ready_s"],
         "daemon_cpu_s": started["cpu_s"],
         "daemon_read_bytes": started["read_bytes"],
         "sampled": len(sample),
-        "sampled_hits": read["reasons"].get("hit", 0),
-        "wrong": read["wrong"],
+        "sampled_hits": back["reasons"].get("hit", 0),
+        "wrong": back["wrong"],
     }
 
 
