@@ -24,8 +24,6 @@ from isthmus.state.kv.administrator import Administrator
 from isthmus.state.kv.client import RemoteStore, open_client
 from isthmus.state.kv.lanepool import ClientSettings
 
-pytestmark = pytest.mark.chaos  # begun: not a part of `make test` before it has run clean
-
 START_S = 60.0
 CLOCK = SystemClock()
 CLIENT = ClientSettings(window_bytes=1 << 20, area_bytes=1 << 20, backoff_s=(0.001, 0.02))

@@ -34,8 +34,6 @@ from isthmus.state.kv.log.format import (
 from isthmus.state.kv.settings import StoreSettings
 from isthmus.state.kv.store import Store, open_store
 
-pytestmark = pytest.mark.chaos  # begun: not a part of `make test` before it has run clean
-
 LIFE = 12
 RECORDS = 120
 GONE = 3

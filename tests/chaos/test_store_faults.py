@@ -15,8 +15,6 @@ from tests.support.faults import Fault, attempt, looked_at
 from tests.support.lives import Heard, Known, settings_of
 from tests.support.scale import seed, tally
 
-pytestmark = pytest.mark.chaos  # begun: not a part of `make test` before it has run clean
-
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.EINTR, errno.EAGAIN)
 
@@ -42,8 +40,8 @@ def faults(folder: Path, backend: str, count: int, number: int) -> Counter[str]:
 
 @pytest.mark.parametrize("backend", ["threads", "auto"])
 def test_any_call_may_fail(tmp_path: Path, backend: str) -> None:
-    failed = faults(tmp_path, backend, 30, 11)
-    assert len(failed) > 6, f"calls of many kinds, not only {dict(failed)}"
+    failed = faults(tmp_path, backend, 14, 11)
+    assert len(failed) > 4, f"calls of many kinds, not only {dict(failed)}"
 
 
 @pytest.mark.chaos
@@ -110,6 +108,8 @@ def test_without_room_no_file_is_left_and_with_room_it_stays_its_own(tmp_path: P
 
 # strace
 
+WRITES, READS = "pwritev,pwritev2", "preadv,preadv2"
+"""By which of its two forms a Python transfers is a matter of how it was built. Each thread's calls are counted."""
 STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="NOT RUN: there is no strace")
 
 
@@ -119,17 +119,9 @@ def strained(folder: Path, number: int, inject: str) -> tuple[Known, list[str]]:
     for one in (path, trace):
         one.unlink(missing_ok=True)
     life = random.Random(number).getrandbits(40)
-    command = ["strace", "-f", "-q", "-o", str(trace), "-P", str(path), "-e", "trace=fdatasync,pwrite64,pwritev,preadv"]
-    command += [
-        "-e",
-        f"inject={inject}",
-        sys.executable,
-        "-m",
-        "tests.support.faults",
-        str(path),
-        str(life),
-        str(number),
-    ]
+    command = ["strace", "-f", "-q", "-o", str(trace), "-P", str(path), "-e", f"trace=fdatasync,{WRITES},{READS}"]
+    command += ["-e", f"inject={inject}", sys.executable]
+    command += ["-m", "tests.support.faults", str(path), str(life), str(number)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr.decode()
     known = Known(life)
@@ -148,7 +140,7 @@ def judged(folder: Path, number: int, inject: str) -> list[str]:
 
 
 @STRACE
-@pytest.mark.parametrize("inject", ["fdatasync:error=EIO:when=6", "pwritev:error=ENOSPC:when=20+3"])
+@pytest.mark.parametrize("inject", ["fdatasync:error=EIO:when=6", f"{WRITES}:error=ENOSPC:when=5+3"])
 def test_errors_of_the_kernel_cost_no_durable_record(tmp_path: Path, inject: str) -> None:
     assert judged(tmp_path, 3, inject)
 
@@ -160,7 +152,7 @@ def test_errors_of_the_kernel_many_times(tmp_path: Path) -> None:
     chance = random.Random(seed(3))
     injected = 0
     for _ in range(40):
-        call, first = chance.choice(("fdatasync", "pwritev", "preadv")), int(60 ** chance.random())
+        call, first = chance.choice(("fdatasync", WRITES, READS)), int(25 ** chance.random())
         often = chance.choice(("", "+", "+2", "+5"))
         inject = f"{call}:error={chance.choice(('EIO', 'ENOSPC', 'EROFS'))}:when={first}{often}"
         number = chance.getrandbits(30)
@@ -168,4 +160,5 @@ def test_errors_of_the_kernel_many_times(tmp_path: Path) -> None:
             injected += len(judged(tmp_path, number, inject))
         except AssertionError as wrong:
             raise AssertionError(f"{inject}, seed {number}: {re.sub(chr(10), ' ', str(wrong))}") from wrong
+    assert injected
     tally({"strace_runs": 40, "strace_errors": injected})

@@ -29,8 +29,6 @@ from isthmus.state.kv.lanepool import ClientSettings
 from isthmus.state.kv.settings import DaemonSettings, StoreSettings
 from isthmus.state.kv.store import Store, open_store
 
-pytestmark = pytest.mark.chaos  # begun: not a part of `make test` before it has run clean
-
 ROOT = Path(__file__).resolve().parents[2]
 WITHIN_S = 20.0
 FULL = 84

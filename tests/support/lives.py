@@ -215,6 +215,17 @@ class Status:
 
 
 @dataclass
+class Doubt:
+    """A forget that was not answered, or whose answer nobody heard. `covered`: what it forgot if it is in force;
+    `again`: what was offered once more since, so that it may be there either way.
+    """
+
+    scope: tuple[bytes, bytes]
+    covered: set[int]
+    again: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Known:
     """What is known of a life. `acknowledged` counts records that were told to be durable."""
 
@@ -222,7 +233,7 @@ class Known:
     status: dict[int, Status] = field(default_factory=dict)
     numbers: dict[bytes, int] = field(default_factory=dict)
     forgets: dict[tuple[bytes, bytes], int] = field(default_factory=dict)
-    doubts: list[tuple[tuple[bytes, bytes], set[int]]] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
     durable: int = 0
     acknowledged: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -245,8 +256,10 @@ class Known:
                     self.numbers[piece(self.life, number).key] = number
                     if status.state is State.NEVER:
                         status.state = State.MAY
-                    for _, doubtful in self.doubts:
-                        doubtful.discard(number)
+                    for doubt in self.doubts:
+                        if number in doubt.covered:
+                            doubt.covered.discard(number)
+                            doubt.again.add(number)
             case ["take", taken]:
                 for number, sequence in taken:
                     self._take(number, sequence)
@@ -263,10 +276,10 @@ class Known:
                 for key, sequence in left:
                     self._left(key, sequence)
             case ["forgetting", namespace, session]:
-                self.doubts.append(((namespace, session), self._covered(namespace, session)))
+                self.doubts.append(Doubt((namespace, session), self._covered(namespace, session)))
             case ["forgotten", namespace, session, number]:
                 self.forgets[namespace, session] = number
-                self.doubts = [one for one in self.doubts if one[0] != (namespace, session)]
+                self.doubts = [one for one in self.doubts if one.scope != (namespace, session)]
                 self._never(self._covered(namespace, session))
             case ["open"]:
                 self._begin()
@@ -290,6 +303,8 @@ class Known:
             return
         status.state, status.sequence = State.HELD, sequence
         self._held.add(number)
+        for doubt in self.doubts:
+            doubt.again.discard(number)
         if sequence <= self.durable:
             self._settle(number)
 
@@ -350,10 +365,14 @@ class Known:
     def _resolve(self, stats: StoreStats) -> None:
         """Forgets that were not answered: the log says whether they are in force."""
         now = {(one.namespace_id, one.session_id or NO_SESSION): one.number for one in stats.erasures}
-        for scope, numbers in self.doubts:
-            if now.get(scope, 0) > self.forgets.get(scope, 0):
+        for doubt in self.doubts:
+            if now.get(doubt.scope, 0) > self.forgets.get(doubt.scope, 0):
                 self.counts["forgets_in_force"] += 1
-                self._never(numbers)
+                self._never(doubt.covered)
+                for number in doubt.again:
+                    if self.status[number].state is not State.NEVER:
+                        self.status[number].state = State.MAY
+                        self._held.discard(number)
         self.doubts.clear()
         self.forgets = now
 

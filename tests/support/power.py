@@ -128,6 +128,8 @@ class Powered(Ground):
         if self.is_cut:
             self.back()
         super().fresh()
+        # Else the next cut brings the log of an earlier life back, whose geometry is another one.
+        os.fsync(self._descriptor)
         self._lives += 1
         self.cached = self._lives % 2 == 0
 

@@ -36,7 +36,7 @@ class DaemonProcess:
             raise AssertionError(f"the daemon did not start: {self.process.communicate(timeout=10)}")
 
     def kill(self) -> None:
-        """kill -9."""
+        """kill -9; nothing when it has ended."""
         self.process.kill()
         self.process.communicate(timeout=20)
 
@@ -46,6 +46,14 @@ class DaemonProcess:
         _, said = self.process.communicate(timeout=30)
         return self.process.returncode, said
 
+    def close(self) -> None:
+        """Ended, whoever ended it, and its pipes closed. May be called twice."""
+        if self.process.returncode is None:
+            self.kill()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
 
 @contextmanager
 def running(store: StoreSettings, daemon: DaemonSettings) -> Iterator[DaemonProcess]:
@@ -53,8 +61,7 @@ def running(store: StoreSettings, daemon: DaemonSettings) -> Iterator[DaemonProc
     try:
         yield process
     finally:
-        if process.process.poll() is None:
-            process.kill()
+        process.close()
 
 
 def main() -> None:

@@ -50,6 +50,12 @@ def memory_bytes(pids: Iterable[int]) -> int:
     return total
 
 
+def disk_bytes_read(pid: int) -> int:
+    """Bytes that a process has had read from disks, its threads included; 0 when it is gone."""
+    lines = _text(Path(f"/proc/{pid}/io")).splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+
+
 def _listed(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)

