@@ -45,6 +45,7 @@ from isthmus.execution.inference.paging.jobs import (
     Lost,
     Pager,
 )
+from isthmus.execution.inference.paging.ready import Ready
 from isthmus.execution.inference.paging.settings import PagingSettings
 from isthmus.execution.inference.pool import BlockPool
 from isthmus.execution.inference.recurrent import RecurrentStates
@@ -122,6 +123,7 @@ class Paging:
         self._short: dict[int, tuple[float, Sequence]] = {}
         """Until when those wait that found no room for what they could load."""
         self._loading: dict[int, _Loading] = {}
+        self.ready = Ready()
         self._kept: dict[RecordKind, dict[int, int]] = {RecordKind.BLOCK: {}, RecordKind.STATE: {}}
         self._under: dict[int, int] = {}
         """Blocks held for states that are being written, by slot."""
@@ -159,9 +161,11 @@ class Paging:
             if when <= now:
                 self._drop(sequence, NO_ROOM)
 
-    def consider(self, sequence: Sequence, keys: View[BlockKey], present: View[int], now: float) -> Verdict:
+    def consider(
+        self, sequence: Sequence, keys: View[BlockKey], present: View[int], now: float, others: int
+    ) -> Verdict:
         """Whether `sequence`, of whose `keys` the blocks `present` are on the device, starts, waits, or loads (then it
-        holds its blocks already, and is left to `take`).
+        holds its blocks already, and is left to `take`), beside `others` that run.
         """
         if sequence.serial in self._asked:
             return Verdict.WAIT
@@ -183,7 +187,7 @@ class Paging:
             return Verdict.WAIT
         sizes = self._bytes(found, here, depth)
         queued = sum(one.predicted_s for one in self._loading.values())
-        if not self.rates.worth(sizes, (depth - start) * self._sizes.tokens, queued):
+        if not self.rates.worth(sizes, (depth - start) * self._sizes.tokens, queued, others):
             self._drop(sequence, CHEAPER)
             return Verdict.GO
         if self._begin(sequence, found, present, depth, self.rates.load_s(sizes)):
@@ -224,7 +228,7 @@ class Paging:
         """Start to load. False when there is no room for it."""
         here = min(len(present), depth)
         lease = Lease(self._pool, self._tree, present[:here])
-        others = sum(len(one.lease.blocks) for one in self._loading.values())
+        others = sum(len(one.lease.blocks) for one in self._loading.values()) + self.ready.blocks
         crowded = others and others + depth > self._pool.total * 3 // 4
         if crowded or not lease.grow(depth - here):
             lease.close()
@@ -292,6 +296,7 @@ class Paging:
         self._asked.pop(sequence.serial, None)
         self._found.pop(sequence.serial, None)
         self._short.pop(sequence.serial, None)
+        self.ready.drop(sequence.serial)
 
     # ---- events
 
@@ -327,6 +332,8 @@ class Paging:
         if not one.early:
             good = self._name(one, event, woken)
         self._place_state(one, event, good)
+        if good and sequence.doomed is None:
+            self.ready.keep(sequence.serial, Lease(self._pool, self._tree, one.lease.blocks[: one.held + good]))
         one.lease.close()
         if one.early:
             return None
@@ -479,7 +486,7 @@ class Paging:
     def held(self) -> tuple[int, list[int]]:
         """How many leases on blocks this has, and which state slots it holds."""
         leases = sum(len(one.lease.blocks) for one in self._loading.values()) + len(self._kept[RecordKind.BLOCK])
-        leases += len(self._under)
+        leases += len(self._under) + self.ready.blocks
         slots = [one.job.state[1] for one in self._loading.values() if one.job.state is not None]
         return leases, slots + list(self._kept[RecordKind.STATE])
 
