@@ -44,7 +44,7 @@ RECORD = (1, 4096)
 SAMPLE = 2000
 
 _WITHIN_S = 120.0
-_DELAY_S = (0.4, 1.6)
+_DELAY_S = (0.8, 2.4)
 _SPAN = 4352
 """Bytes that a record of 4 KiB takes of a log, about."""
 _MIB = 1 << 20
