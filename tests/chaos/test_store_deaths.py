@@ -49,7 +49,7 @@ def test_what_is_offered_again_while_a_forget_is_in_doubt_may_be_gone(in_force: 
     known.hear(["cut"])
     known.hear(["forgotten", namespace, NO_SESSION, 1])
     known.hear(["offer", [0]])
-    known._resolve(StoreStats(erasures=(Erasure(1, namespace),) if in_force else ()))
+    known._resolve(StoreStats(erasures=(Erasure(1, namespace, b""),) if in_force else ()))
     for number in numbers:
         forgotten = in_force and piece(7, number).owner.namespace_id == namespace
         left = State.MAY if number == 0 else State.NEVER
