@@ -268,9 +268,14 @@ def believe_everything() -> None:
 # Making them
 
 
+def segment_bytes(size: int) -> int:
+    """Of the segments of each log that is made for questions of at most `size` bytes."""
+    return (64 if size >= SMALL_BYTES else 16) * _MIB
+
+
 def log_bytes(size: int) -> int:
     """Bytes on the disk of each log that is made for questions of at most `size` bytes."""
-    return max(LOG_SHARE * size, LEAST_SEGMENTS * 16 * _MIB)
+    return max(LOG_SHARE * size, LEAST_SEGMENTS * segment_bytes(size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,8 +294,7 @@ class Making:
     @property
     def log(self) -> LogSettings:
         """A log that has to evict what earlier questions left."""
-        segment = (64 if self.size >= SMALL_BYTES else 16) * _MIB
-        return LogSettings(capacity=log_bytes(self.size), segment_bytes=segment)
+        return LogSettings(capacity=log_bytes(self.size), segment_bytes=segment_bytes(self.size))
 
     @property
     def path(self) -> Path:

@@ -13,7 +13,7 @@ from isthmus.execution.inference.paging.frames import Begin
 from isthmus.execution.inference.paging.jobs import Pager
 from isthmus.execution.inference.paging.local import LocalPager
 from isthmus.execution.inference.paging.memory import shapes
-from isthmus.execution.inference.paging.remote import RemotePager
+from isthmus.execution.inference.paging.remote import QUIET_S, RemotePager
 from isthmus.execution.inference.paging.settings import PagingSettings
 
 SWITCH_S = 0.00005
@@ -57,8 +57,9 @@ class LocalHost:
 class RemoteHost:
     """In a process of its own, which starts when this is made: its store is opened while the model is being loaded."""
 
-    def __init__(self, start: Callable[[], Child], clock: Clock) -> None:
-        self._start, self._clock = start, clock
+    def __init__(self, start: Callable[[], Child], clock: Clock, *, quiet_s: float = QUIET_S) -> None:
+        """`quiet_s`: how long it may say nothing while there are jobs."""
+        self._start, self._clock, self._quiet_s = start, clock, quiet_s
         self._first: Child | None = start()
         self._pager: RemotePager | None = None
 
@@ -71,7 +72,7 @@ class RemoteHost:
         begin = Begin(shapes(runner.info), settings, sizes)
         descriptors = [pool.descriptor for pool in pools.values()]
         first, self._first = self._first or self._start(), None
-        self._pager = RemotePager(self._start, first, begin, descriptors, self._clock, wake=wake)
+        self._pager = RemotePager(self._start, first, begin, descriptors, self._clock, wake=wake, quiet_s=self._quiet_s)
         return self._pager
 
     def close(self) -> None:

@@ -104,10 +104,12 @@ class RemotePager:
         clock: Clock,
         *,
         wake: Callable[[], None],
+        quiet_s: float = QUIET_S,
     ) -> None:
         """Raises the error of a store that cannot be opened."""
         self._start, self._begin, self._descriptors, self._clock = start, begin, descriptors, clock
-        self._inbox, self._bell = Inbox(wake), Bell()
+        self._quiet_s = quiet_s
+        self._inbox = Inbox(wake)
         self._lock = threading.Lock()
         self._owed = _Owed()
         self._since = 0.0
@@ -116,6 +118,7 @@ class RemotePager:
         self._closing = threading.Event()
         self._child: Child | None = None
         self._take_up(first)
+        self._bell = Bell()
         self._thread = threading.Thread(target=self._run, args=(first,), name="isthmus-paging", daemon=True)
         self._thread.start()
 
@@ -194,7 +197,8 @@ class RemotePager:
         while not self._closing.is_set():
             with self._lock:
                 writable = [child.fileno] if self._backlog else []
-            ready, free, _ = select.select([child.fileno, self._bell.fileno], writable, [], POLL_S)
+            patience = min(POLL_S, self._quiet_s)
+            ready, free, _ = select.select([child.fileno, self._bell.fileno], writable, [], patience)
             self._bell.hush()
             if free:
                 self._flush(child)
@@ -202,7 +206,7 @@ class RemotePager:
                 return
             with self._lock:
                 quiet = self._clock.monotonic() - self._since if self._owed else 0.0
-            if quiet > QUIET_S:
+            if quiet > self._quiet_s:
                 sys.stderr.write(f"isthmus-engine: the paging process has said nothing for {quiet:.0f} s\n")
                 return
 

@@ -2,7 +2,8 @@
 
 A record is wanted as one or two ranges: header and digests, and the chunks wanted. When the chunks begin near the
 front they are one range. Ranges that lie close together, as those of blocks written together do, are read together;
-long ones are cut into windows, so that several are in flight.
+long ones are cut into windows, so that several are in flight. What a header adds to a window's length of chunks makes
+no window of its own: a window may be longer by `slack_of` when that is the end of a range.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ NEAR_BYTES = 64 << 10
 """Header and chunks are one range when at most so much that nobody wants lies between them."""
 GAP_BYTES = 16 << 10
 """Ranges of different records are read together when at most so much lies between them."""
+SLACK_PART = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,16 @@ def ranges_of(index: int, start: int, shape: Shape, first_chunk: int, count: int
     return [Range(index, start, start + head), Range(index, begin, end)]
 
 
+def slack_of(window_bytes: int) -> int:
+    """How much longer than `window_bytes` a window may be, in whole sectors."""
+    return window_bytes // SLACK_PART // SECTOR * SECTOR
+
+
 def plan(ranges: Sequence[Range], window_bytes: int) -> list[Window]:
-    """Windows of at most `window_bytes` (whole sectors) that bring every byte of every range exactly once."""
+    """Windows of at most `window_bytes` (whole sectors) and their slack that bring every byte of every range exactly
+    once.
+    """
+    slack = slack_of(window_bytes)
     windows: list[Window] = []
     for wanted in sorted(ranges, key=lambda one: (one.offset, one.end)):
         at = wanted.offset
@@ -55,7 +65,9 @@ def plan(ranges: Sequence[Range], window_bytes: int) -> list[Window]:
             if last is None or not last.offset <= at <= last.end + GAP_BYTES or at >= last.offset + window_bytes:
                 last = Window(at - at % SECTOR, at)
                 windows.append(last)
-            until = min(wanted.end, last.offset + window_bytes)
+            until = last.offset + window_bytes
+            if wanted.end <= until + slack:
+                until = wanted.end
             last.parts.append(Range(wanted.index, at, until))
             last.end = max(last.end, until)
             at = until

@@ -1,4 +1,5 @@
-"""Reading records: in batches, verified on the copy that the caller gets, hashed while other reads are in flight.
+"""Reading records: in batches, verified on the copy that the caller gets, copied and hashed while other reads are in
+flight.
 
 Promises: a record is `HIT` only when its header's CRC, generation, whole key and shape are right, its digests are those
 of the header, and every chunk wanted has its digest *in the caller's buffer*. The disk only ever writes to buffers of
@@ -6,7 +7,8 @@ the reader's own, so a read that ends late cannot touch the caller's memory any 
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 
 from isthmus.contracts.blocks import DIGEST_BYTES, Reason, Want
 from isthmus.contracts.clock import Clock
@@ -14,7 +16,7 @@ from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.hashing import digest
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.io.disk import Disk
-from isthmus.state.kv.io.transfers import Channel, Op, Transfer
+from isthmus.state.kv.io.transfers import Channel, Completion, Op, Transfer
 from isthmus.state.kv.log.format import (
     RECORD_HEADER,
     RecordHeader,
@@ -22,8 +24,10 @@ from isthmus.state.kv.log.format import (
     digests_good,
     payload_offset,
 )
-from isthmus.state.kv.log.plan import Range, Window, plan, ranges_of
+from isthmus.state.kv.log.plan import Range, Window, plan, ranges_of, slack_of
 from isthmus.state.kv.log.staging import copy
+
+_LEAST_FLYING = 2
 
 
 class Task:
@@ -118,7 +122,7 @@ class BatchReader:
 
     def __init__(self, disk: Disk, depth: int, size: int) -> None:
         """Raises `DiskFailed`."""
-        self._buffers = AlignedBuffers(depth, size)
+        self._buffers = AlignedBuffers(depth, size + slack_of(size))
         self._views = [view for _ in range(depth) if (view := self._buffers.take()) is not None]
         self._size = size
         self._tags = 0
@@ -147,41 +151,53 @@ class BatchReader:
         clock: Clock,
         deadline: float,
     ) -> None:
-        following = 0
+        waiting = deque(windows)
         idle = list(self._views)
-        touched: set[int] = set()
-        while following < len(windows) or flying or touched:
-            batch = []
-            while following < len(windows) and idle:
-                window = windows[following]
-                view = idle.pop()
-                self._tags += 1
-                flying[self._tags] = (window, view)
-                batch.append(Transfer(Op.READ, window.offset, view[: window.end - window.offset], self._tags))
-                following += 1
-            if batch:
-                self._channel.submit(batch)
-            # While those are in flight.
-            for index in touched:
-                tasks[index].verify()
-            touched.clear()
-            if not flying:
-                continue
+        arrived: deque[tuple[Window, memoryview]] = deque()
+        while waiting or flying or arrived:
             left = deadline - clock.monotonic()
-            ended = self._channel.wait(1, left) if left > 0 else []
-            if not ended and left <= 0:
+            if left > 0:
+                self._begin(waiting, flying, idle)
+            elif not arrived:
                 return
-            for completion in ended:
-                window, view = flying.pop(completion.tag)
-                for part in window.parts:
-                    if completion.error:
-                        tasks[part.index].fail(Reason.IO_ERROR)
-                    else:
-                        tasks[part.index].take(
-                            view[part.offset - window.offset : part.end - window.offset], part.offset
-                        )
-                        touched.add(part.index)
+            if arrived:  # while those are in flight
+                window, view = arrived.popleft()
+                _take_in(tasks, window, view)
                 idle.append(view)
+            if not flying or left <= 0:
+                continue
+            for completion in self._ended(arrived, left):
+                window, view = flying.pop(completion.tag)
+                if completion.error:
+                    for part in window.parts:
+                        tasks[part.index].fail(Reason.IO_ERROR)
+                    idle.append(view)
+                else:
+                    arrived.append((window, view))
+
+    def _ended(self, arrived: Collection[object], left: float) -> list[Completion]:
+        """Reads that have ended: waits for one unless something has arrived; those that came with it, too."""
+        ended = [] if arrived else self._channel.wait(1, left)
+        return ended + self._channel.wait(0, 0.0)
+
+    def _begin(
+        self, waiting: deque[Window], flying: dict[int, tuple[Window, memoryview]], idle: list[memoryview]
+    ) -> None:
+        """Begin as many reads as are good to have in flight.
+
+        Not more than half of the buffers, so that there are some to read on with while what arrived is copied and
+        hashed; and towards the end fewer and fewer, for there are disks whose completions are heard of all at once
+        when they have nothing more to do, and nothing overlaps with what arrives last.
+        """
+        most = min(max(1, len(self._views) // 2), max(_LEAST_FLYING, -(-len(waiting) // 2)))
+        batch = []
+        while waiting and idle and len(flying) < most:
+            window, view = waiting.popleft(), idle.pop()
+            self._tags += 1
+            flying[self._tags] = (window, view)
+            batch.append(Transfer(Op.READ, window.offset, view[: window.end - window.offset], self._tags))
+        if batch:
+            self._channel.submit(batch)
 
     def close(self) -> None:
         """End the channel: bounded (see `Channel.close`)."""
@@ -189,6 +205,14 @@ class BatchReader:
         for view in self._views:
             self._buffers.give(view)
         self._buffers.close()
+
+
+def _take_in(tasks: Sequence[Task], window: Window, view: memoryview) -> None:
+    """Copy what a window brought, and hash it while it is in the processor's cache."""
+    for part in window.parts:
+        tasks[part.index].take(view[part.offset - window.offset : part.end - window.offset], part.offset)
+    for index in dict.fromkeys(part.index for part in window.parts):
+        tasks[index].verify()
 
 
 class ReaderPool:
