@@ -41,7 +41,7 @@ def faults(folder: Path, backend: str, count: int, number: int) -> Counter[str]:
 @pytest.mark.parametrize("backend", ["threads", "auto"])
 def test_any_call_may_fail(tmp_path: Path, backend: str) -> None:
     failed = faults(tmp_path, backend, 14, 11)
-    assert len(failed) > 4, f"calls of many kinds, not only {dict(failed)}"
+    assert len(failed) > 3, f"calls of many kinds, not only {dict(failed)}"
 
 
 @pytest.mark.chaos
