@@ -15,6 +15,8 @@ from tests.support.faults import Fault, attempt, looked_at
 from tests.support.lives import Heard, Known, settings_of
 from tests.support.scale import seed, tally
 
+from isthmus.contracts.errors import StoreError
+
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.EINTR, errno.EAGAIN)
 
@@ -32,7 +34,7 @@ def faults(folder: Path, backend: str, count: int, number: int) -> Counter[str]:
         fault = Fault(nth, error, forever=often == "forever", late=often == "late")
         try:
             calls = attempt(folder / "log", life, backend, fault)
-        except AssertionError as wrong:
+        except (AssertionError, StoreError) as wrong:
             raise AssertionError(f"{backend}, life {life}, {fault}: {wrong}") from wrong
         failed.update(calls.failed[:1])
     return failed

@@ -1,11 +1,15 @@
 """The store beyond the conformance suite: tiers, quotas, room in pieces, bringing ahead, erasure, restarts."""
 
+import errno
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from tests.support.disk import FailingCalls
 from tests.support.stores import (
     BACKENDS,
     LOG,
@@ -429,6 +433,32 @@ def test_the_table_of_leases_is_bounded(tmp_path: Path) -> None:
         assert holds(opened.store, 1)
         second.release()
         assert opened.store.stats().counts["lease_none_full"] == 1
+
+
+def test_a_read_that_is_given_up_costs_neither_memory_nor_the_disk(tmp_path: Path) -> None:
+    settings, calls = with_log(tmp_path, SETTINGS), FailingCalls()
+    store = open_store(settings, SystemClock(), SystemEntropy(), calls=calls)
+    store_all(store, list(range(20)))
+    store.flush(SOON)
+    store.admin.evict(Tier.DRAM, 1 << 30, 1.0)
+    mine, waits = threading.get_ident(), itertools.count()
+
+    def once(name: str, _: int) -> int:
+        waiting = name in ("uring_enter", "preadv") and (threading.get_ident() == mine or name == "preadv")
+        return errno.EIO if waiting and next(waits) == 1 else 0
+
+    calls.plan = once
+    read_one(store, 0)
+    assert store._parts.log is not None
+    readers, deadline = store._parts.log._lookup._readers, time.monotonic() + SOON
+    while readers._broken:
+        assert time.monotonic() < deadline, "it is closed by who keeps house"
+        threading.Event().wait(0.01)
+    assert all(holds(store, name) for name in range(20))
+    store.close()
+    assert store._disk is not None
+    assert store._disk.lost == 0
+    open_store(settings, SystemClock(), SystemEntropy()).close()
 
 
 def test_closing_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:
