@@ -24,6 +24,7 @@ from isthmus.state.kv.store import open_store
 
 MAX_SPEC_BYTES = 1 << 16
 MODULE = "isthmus.pager"
+NICE = 10
 
 
 class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,11 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     if spec is None:
         parser.error("--store is empty")
+    # Requests that decode go first: who waits for a load waits a little longer.
     os.nice(NICE)
     return run(socket.socket(fileno=parsed.fd), lambda stack: open_spec(spec, stack), SystemClock())
 
-
-NICE = 0
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,7 @@ from isthmus.cli.terminal import BOLD, DIM, Screen
 
 OURS, STATELESS = "isthmus", "isthmus-stateless"
 _POOL, _ARENA, _DISK = "48MiB", "32MiB", "2GiB"
+_CROWDED, _ROOMY = "128MiB", "1GiB"
 _BLOCK_TOKENS = 16
 
 
@@ -67,19 +68,16 @@ def _measure(
         for name in others
     }
     paging = turns.PagingPlan(seed=plan.seed)
-    target = own_server(
-        "isthmus-paging",
-        [*limits, "--kv-memory", "128MiB", *store, "--store-file", str(work / "paging.store")],
-        common,
-        work,
-    )
-    target.start()
-    try:
-        item = 4 if arguments.dtype == "f32" else 2
-        block = model.read_bytes(_BLOCK_TOKENS, item) - model.read_bytes(0, item)
-        results["paging"] = turns.run_paging(target, paging, block, say)
-    finally:
-        target.stop()
+    item = 4 if arguments.dtype == "f32" else 2
+    block = model.read_bytes(_BLOCK_TOKENS, item) - model.read_bytes(0, item)
+    for name, pool in (("paging", _CROWDED), ("resident", _ROOMY)):
+        flags = ["--kv-memory", pool, *store, "--store-file", str(work / f"{name}.store")]
+        target = own_server(f"isthmus-{name}", flags, common, work)
+        target.start()
+        try:
+            results[name] = turns.run_paging(target, paging, block, say)
+        finally:
+            target.stop()
     return results
 
 
@@ -110,8 +108,11 @@ def lines(results: dict[str, Any]) -> list[str]:
     for name, ratios in results["stateless_over_ours"].items():
         last = list(ratios)[-1]
         found.append(f"  {name} over ours at turn {last}: {ratios[last]:.2f}")
-    found.append("gaps between the tokens of others against paging")
-    for row in results["paging"]:
-        rate, p50, p99 = row["loaded_bytes_per_s"] / 1e6, row["gap_p50_s"] * 1000, row["gap_p99_s"] * 1000
-        found.append(f"  {rate:7.0f} MB/s  p50 {p50:6.1f} ms  p99 {p99:6.1f} ms")
+    found.append("gaps between the tokens of others while conversations come back")
+    for name, where in (("paging", "from the disk"), ("resident", "on the device")):
+        for row in results[name]:
+            rate, p50, p99 = row["loaded_bytes_per_s"] / 1e6, row["gap_p50_s"] * 1000, row["gap_p99_s"] * 1000
+            found.append(
+                f"  {where}, {row['returns_per_s']:4.0f}/s  {rate:5.0f} MB/s  p50 {p50:6.1f} ms  p99 {p99:6.1f} ms"
+            )
     return found

@@ -24,6 +24,7 @@ def test_the_faster_of_the_two_is_chosen() -> None:
     assert rates.worth({Tier.NVME: 100 * MB}, 200)
     assert not rates.worth({Tier.NVME: 100 * MB}, 100)
     assert not rates.worth({Tier.NVME: 100 * MB}, 200, queued=0.2), "behind other loads it is not worth it"
+    assert rates.worth({Tier.NVME: 100 * MB}, 200, queued=0.2, others=2), "computing would delay two others"
 
 
 def test_tiers_have_rates_of_their_own_and_add_up() -> None:

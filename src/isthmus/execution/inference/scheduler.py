@@ -29,6 +29,7 @@ from isthmus.contracts.requests import EngineRequest
 from isthmus.execution.inference.admission import Admission
 from isthmus.execution.inference.ahead import banned_tokens, ends, follow, foreseeable
 from isthmus.execution.inference.batch import Batch, SequenceSlice, StepResult
+from isthmus.execution.inference.books import check_books
 from isthmus.execution.inference.counters import Counters
 from isthmus.execution.inference.drafting import Drafting
 from isthmus.execution.inference.grammar.port import MaskSource
@@ -242,12 +243,21 @@ class Scheduler:
                 continue
             if self._states is not None and not self._states.room(self._running):
                 return
-            needed = self._blocks_for(sequence.length) - len(matched) + self._promised()
-            reused = sum(self._pool.refs(block) == 0 for block in matched)
-            if needed > self._pool.free + self._pool.cached - reused:
+            if not self._fits(sequence, matched):
                 return
             self._start(sequence, matched, len(found), now)
             budget -= self._plan(sequence, budget, parts, now)
+
+    def _fits(self, sequence: Sequence, matched: list[int]) -> bool:
+        """Whether there are blocks for `sequence` and for what runs."""
+        needed = self._blocks_for(sequence.length) - len(matched) + self._promised()
+        needed += sum(self._pool.refs(block) == 0 for block in matched)
+        short = needed - self._pool.free - self._pool.cached
+        return short <= 0 or (self._given(short, sequence) and self._fits(sequence, matched))
+
+    def _given(self, blocks: int, sequence: Sequence) -> bool:
+        """Whether others gave way to `sequence`: their blocks were loaded, and they do not run yet."""
+        return self._paging is not None and self._paging.ready.give_way(blocks, sequence.serial)
 
     def _pending(self, keys: list[BlockKey], matched: int) -> BlockKey | None:
         """The key to wait for instead of computing beyond the first `matched` blocks. The owner of a hybrid model's
@@ -288,7 +298,7 @@ class Scheduler:
 
     def _pages(self, paging: Paging, sequence: Sequence, found: list[int], now: float) -> bool:
         """Whether `sequence` waits for the store, or is being loaded from now on."""
-        verdict = paging.consider(sequence, sequence.matchable(), found, now)
+        verdict = paging.consider(sequence, sequence.matchable(), found, now, len(self._running))
         if verdict is Verdict.LOAD:
             self._waiting.remove(sequence)
             sequence.state = State.LOADING
@@ -344,7 +354,8 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, blocks: int, drafts: int) -> bool:
         """Hold what the next slice needs: `blocks` in all and, in a hybrid model, slots for its states."""
         lease = sequence.lease
-        if lease is not None and not lease.grow(max(0, blocks - len(lease.blocks))):
+        more = 0 if lease is None else max(0, blocks - len(lease.blocks))
+        if lease is not None and not (lease.grow(more) or (self._given(more, sequence) and lease.grow(more))):
             return False
         return self._states is None or self._states.reserve(sequence, drafts)
 
@@ -483,14 +494,6 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise `PoolCorrupt` unless pool and tree agree, and idle means that nothing is leased or pending."""
-        self._pool.check()
-        self._tree.check()
-        leases, slots = (0, []) if self._paging is None else self._paging.held()
-        held = leases + sum(len(s.lease.blocks) for s in self._running if s.lease is not None)
-        refs = sum(self._pool.refs(block) for block in range(self._pool.total))
-        if held != refs:
-            raise PoolCorrupt(f"running sequences hold {held} leases, the pool counts {refs}")
-        if self._states is not None:
-            self._states.check(self._tree, self._running, slots)
+        check_books(self._pool, self._tree, self._running, self._paging, self._states)
         if self.idle and len(self._inflight):
             raise PoolCorrupt(f"{len(self._inflight)} keys are pending in an idle engine")

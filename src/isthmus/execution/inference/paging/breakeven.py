@@ -1,7 +1,7 @@
 """Load or recompute: whichever is expected to be faster, by rates measured here. Pure.
 
     loading      wait for the loads before it + latency of the tier + bytes / rate of the tier
-    computing    tokens / rate of prompts
+    computing    tokens / rate of prompts, times the requests that it delays: its own and those that run
 
 Rates are moving averages over bytes (tokens) and seconds, so that a large sample counts for more than a small one. The
 latency of a tier is what small loads took beyond their bytes. Until a rate is measured its cautious guess stands.
@@ -67,10 +67,12 @@ class BreakEven:
         """Seconds to compute so many tokens of a prompt; None while nothing is known."""
         return tokens / self._prompt.value(0.0) if self._prompt.seconds > 0 else None
 
-    def worth(self, sizes: Mapping[Tier, int], tokens: int, queued: float = 0.0) -> bool:
-        """Whether to load these bytes rather than compute these tokens. While nothing was computed yet: yes."""
+    def worth(self, sizes: Mapping[Tier, int], tokens: int, queued: float = 0.0, others: int = 0) -> bool:
+        """Whether to load these bytes rather than compute these tokens, beside `others` that wait for every step. While
+        nothing was computed yet: yes.
+        """
         compute = self.compute_s(tokens)
-        return compute is None or self.load_s(sizes, queued) < compute
+        return compute is None or self.load_s(sizes, queued) < compute * (1 + others)
 
     def lengths(self, token_bytes: float) -> dict[str, float]:
         """The length from which loading pays, in tokens, by tier; -1: never. Empty while nothing was computed."""

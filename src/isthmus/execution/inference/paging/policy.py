@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as View
 from dataclasses import dataclass
 
-from isthmus.contracts.blocks import Hint, Lifetime, Owner, Reason, RecordKind, Tier, namespace_id, session_id
+from isthmus.contracts.blocks import Lifetime, Reason, RecordKind, Tier
 from isthmus.contracts.events import ModelInfo, SessionHint
 from isthmus.contracts.ids import RequestId
 from isthmus.contracts.keys import BlockKey
@@ -45,6 +45,8 @@ from isthmus.execution.inference.paging.jobs import (
     Lost,
     Pager,
 )
+from isthmus.execution.inference.paging.ready import Ready
+from isthmus.execution.inference.paging.sessions import Sessions
 from isthmus.execution.inference.paging.settings import PagingSettings
 from isthmus.execution.inference.pool import BlockPool
 from isthmus.execution.inference.recurrent import RecurrentStates
@@ -58,9 +60,6 @@ ROOM_S = 5.0
 """How long a request waits for room to load in before it goes without: computing needs the room, too, and longer."""
 MEASURED_TOKENS = 64
 """Steps of fewer tokens say little about how fast prompts are computed."""
-
-MAX_SESSIONS = 4096
-"""Sessions whose last keys are remembered, for hints between their turns."""
 
 
 class Verdict(enum.Enum):
@@ -119,13 +118,16 @@ class Paging:
         self._owners = Owners(tree)
         self._asked: dict[int, tuple[float, Sequence]] = {}
         self._found: dict[int, Found] = {}
+        self._whole: set[int] = set()
+        """Those that nothing was asked for: the device had it all."""
         self._short: dict[int, tuple[float, Sequence]] = {}
         """Until when those wait that found no room for what they could load."""
         self._loading: dict[int, _Loading] = {}
+        self.ready = Ready()
         self._kept: dict[RecordKind, dict[int, int]] = {RecordKind.BLOCK: {}, RecordKind.STATE: {}}
         self._under: dict[int, int] = {}
         """Blocks held for states that are being written, by slot."""
-        self._sessions: dict[Owner, list[BlockKey]] = {}
+        self._sessions = Sessions(pager)
         self._owed = 0
         self.counts: dict[str, int] = {}
 
@@ -138,12 +140,16 @@ class Paging:
     def arrived(self, sequence: Sequence, now: float) -> None:
         """`sequence` waits (again): ask the store for what of it the device does not have."""
         keys = sequence.matchable()
-        here = len(self._tree.match(keys))
-        if here == len(keys) and (self._states is None or self._states.deepest(keys, here) == here):
+        if self._has(keys, len(self._tree.match(keys))):
+            self._whole.add(sequence.serial)
             return
         states = [] if self._states is None else sequence.state_keys(len(keys), self._state_digest)
         self._asked[sequence.serial] = (now + self._settings.look_s, sequence)
         self._pager.look(Look(sequence.serial, keys, states))
+
+    def _has(self, keys: View[BlockKey], here: int) -> bool:
+        """Whether the device has all that `keys` name, of which `here` blocks are present."""
+        return here == len(keys) and (self._states is None or self._states.deepest(keys, here) == here)
 
     def next_deadline(self) -> float | None:
         """When the first look-up is late, or the first that found no room goes without."""
@@ -159,13 +165,20 @@ class Paging:
             if when <= now:
                 self._drop(sequence, NO_ROOM)
 
-    def consider(self, sequence: Sequence, keys: View[BlockKey], present: View[int], now: float) -> Verdict:
+    def consider(
+        self, sequence: Sequence, keys: View[BlockKey], present: View[int], now: float, others: int
+    ) -> Verdict:
         """Whether `sequence`, of whose `keys` the blocks `present` are on the device, starts, waits, or loads (then it
-        holds its blocks already, and is left to `take`).
+        holds its blocks already, and is left to `take`), beside `others` that run.
         """
         if sequence.serial in self._asked:
             return Verdict.WAIT
         found = self._found.get(sequence.serial)
+        if found is None and sequence.serial in self._whole and not self._has(keys, len(present)):
+            # All was on the device when it came, and left while it waited.
+            self._whole.discard(sequence.serial)
+            self.arrived(sequence, now)
+            return Verdict.WAIT
         if found is None:
             return Verdict.GO
         here = len(present)
@@ -183,7 +196,7 @@ class Paging:
             return Verdict.WAIT
         sizes = self._bytes(found, here, depth)
         queued = sum(one.predicted_s for one in self._loading.values())
-        if not self.rates.worth(sizes, (depth - start) * self._sizes.tokens, queued):
+        if not self.rates.worth(sizes, (depth - start) * self._sizes.tokens, queued, others):
             self._drop(sequence, CHEAPER)
             return Verdict.GO
         if self._begin(sequence, found, present, depth, self.rates.load_s(sizes)):
@@ -224,7 +237,7 @@ class Paging:
         """Start to load. False when there is no room for it."""
         here = min(len(present), depth)
         lease = Lease(self._pool, self._tree, present[:here])
-        others = sum(len(one.lease.blocks) for one in self._loading.values())
+        others = sum(len(one.lease.blocks) for one in self._loading.values()) + self.ready.blocks
         crowded = others and others + depth > self._pool.total * 3 // 4
         if crowded or not lease.grow(depth - here):
             lease.close()
@@ -292,6 +305,8 @@ class Paging:
         self._asked.pop(sequence.serial, None)
         self._found.pop(sequence.serial, None)
         self._short.pop(sequence.serial, None)
+        self._whole.discard(sequence.serial)
+        self.ready.drop(sequence.serial)
 
     # ---- events
 
@@ -327,6 +342,8 @@ class Paging:
         if not one.early:
             good = self._name(one, event, woken)
         self._place_state(one, event, good)
+        if good and sequence.doomed is None:
+            self.ready.keep(sequence.serial, Lease(self._pool, self._tree, one.lease.blocks[: one.held + good]))
         one.lease.close()
         if one.early:
             return None
@@ -422,31 +439,13 @@ class Paging:
                     key = keys[snapshot.blocks - 1]
                     self._pager.keep(Keep(RecordKind.STATE, key, parent, sequence.owner, slot, Lifetime.SESSION))
         if count:
-            self._hints(sequence, count)
-
-    def _hints(self, sequence: Sequence, count: int) -> None:
-        """Say what is known about the state of `sequence`, which ended, and remember its session's."""
-        request = sequence.request
-        if request.hint is None and not request.session:
-            return
-        keys = list(sequence.chain)
-        if self._states is not None:
-            keys += sequence.state_keys(count, self._state_digest)
-        if request.hint is not None:
-            self._pager.notice(Hint(request.hint, keys, request.hint_s))
-        if request.session:
-            self._sessions.pop(sequence.owner, None)
-            self._sessions[sequence.owner] = keys
-            if len(self._sessions) > MAX_SESSIONS:
-                del self._sessions[next(iter(self._sessions))]
+            more = [] if states is None else sequence.state_keys(count, self._state_digest)
+            self._sessions.ended(sequence, [*sequence.chain, *more])
 
     def hint(self, hint: SessionHint) -> None:
         """Pass on a hint about what a session's last request left."""
-        keys = self._sessions.get(Owner(namespace_id(hint.namespace), session_id(hint.namespace, hint.session)))
-        if keys is None:
+        if not self._sessions.hint(hint):
             self.count("hint_unknown_session")
-        else:
-            self._pager.notice(Hint(hint.kind, keys, hint.seconds))
 
     def _hold(self, kind: RecordKind, pool: BlockPool, place: int, size: int) -> bool:
         kept = self._kept[kind]
@@ -479,7 +478,7 @@ class Paging:
     def held(self) -> tuple[int, list[int]]:
         """How many leases on blocks this has, and which state slots it holds."""
         leases = sum(len(one.lease.blocks) for one in self._loading.values()) + len(self._kept[RecordKind.BLOCK])
-        leases += len(self._under)
+        leases += len(self._under) + self.ready.blocks
         slots = [one.job.state[1] for one in self._loading.values() if one.job.state is not None]
         return leases, slots + list(self._kept[RecordKind.STATE])
 

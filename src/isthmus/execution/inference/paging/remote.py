@@ -112,8 +112,8 @@ class RemotePager:
         self._inbox = Inbox(wake)
         self._lock = threading.Lock()
         self._owed = _Owed()
-        self._since = 0.0
-        """When the process last said something, or was first asked after having been idle."""
+        self._heard = False
+        """Whether the process has said something since that was last looked at."""
         self._backlog = bytearray()
         self._closing = threading.Event()
         self._child: Child | None = None
@@ -161,8 +161,6 @@ class RemotePager:
         with self._lock:
             child = self._child
             if child is not None:
-                if not self._owed:
-                    self._since = self._clock.monotonic()
                 self._owed.add(job)
                 sent = 0 if self._backlog else child.send(memoryview(frame))
                 self._backlog += frame[sent:]
@@ -194,18 +192,22 @@ class RemotePager:
 
     def _serve(self, child: Child) -> None:
         """Until the process is gone, breaks the rules or is quiet for too long, or until `close`."""
+        quiet, patience = 0.0, min(POLL_S, self._quiet_s)
         while not self._closing.is_set():
             with self._lock:
                 writable = [child.fileno] if self._backlog else []
-            patience = min(POLL_S, self._quiet_s)
+            begun = self._clock.monotonic()
             ready, free, _ = select.select([child.fileno, self._bell.fileno], writable, [], patience)
             self._bell.hush()
             if free:
                 self._flush(child)
             if child.fileno in ready and not self._hear(child):
                 return
+            # While both were stopped nobody was quiet: a wait that took far longer than it may counts as one.
+            waited = min(self._clock.monotonic() - begun, 2 * patience)
             with self._lock:
-                quiet = self._clock.monotonic() - self._since if self._owed else 0.0
+                quiet = quiet + waited if self._owed and not self._heard else 0.0
+                self._heard = False
             if quiet > self._quiet_s:
                 sys.stderr.write(f"isthmus-engine: the paging process has said nothing for {quiet:.0f} s\n")
                 return
@@ -227,7 +229,7 @@ class RemotePager:
             if not isinstance(message, Happened):
                 continue
             with self._lock:
-                self._since = self._clock.monotonic()
+                self._heard = True
                 for event in message.events:
                     self._owed.ended(event)
                     if isinstance(event, Erased):
