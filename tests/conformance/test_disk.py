@@ -480,6 +480,30 @@ def test_a_channel_goes_from_thread_to_thread_with_nothing_in_flight(opened: Ope
     assert results == [0] * 7
 
 
+def test_what_is_lost_counts_also_when_somebody_asks_while_a_channel_is_closed(opened: Opener) -> None:
+    with stuck(opened) as it:
+        thread = threading.Thread(target=it.channel.close)
+        thread.start()
+        while thread.is_alive():
+            assert it.disk.lost in (0, 1)
+        assert it.disk.lost == 1
+
+
+def test_a_shared_channel_is_closed_by_another_thread_with_transfers_in_flight(opened: Opener) -> None:
+    disk = opened(capacity=256 * SECTOR)
+    buffers = AlignedBuffers(8, 32 * SECTOR)
+    channel, views = disk.channel(8, buffers, shared=True), [taken(buffers) for _ in range(8)]
+    channel.submit([Transfer(Op.READ, number * 32 * SECTOR, view, number) for number, view in enumerate(views)])
+    thread = threading.Thread(target=channel.close)
+    thread.start()
+    thread.join(WAIT_S)  # whoever began them does nothing about it meanwhile
+    assert not thread.is_alive()
+    assert channel.lost == disk.lost == 0
+    for view in views:
+        buffers.give(view)
+    assert (buffers.free, buffers.aside) == (8, 0)
+
+
 def test_channels_work_beside_each_other(opened: Opener) -> None:
     disk = opened(capacity=256 * SECTOR)
     buffers = AlignedBuffers(16, SECTOR)

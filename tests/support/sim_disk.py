@@ -74,7 +74,7 @@ class SimDisk:
 
     # Disk
 
-    def channel(self, depth: int, buffers: AlignedBuffers | None = None) -> "SimChannel":
+    def channel(self, depth: int, buffers: AlignedBuffers | None = None, *, shared: bool = False) -> "SimChannel":
         if error := self.fault("channel"):
             raise DiskFailed("io_uring_setup", error)
         return SimChannel(self, depth)

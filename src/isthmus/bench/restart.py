@@ -44,7 +44,6 @@ RECORD = (1, 4096)
 SAMPLE = 2000
 
 _WITHIN_S = 120.0
-_DELAY_S = (0.4, 1.6)
 _SPAN = 4352
 """Bytes that a record of 4 KiB takes of a log, about."""
 _MIB = 1 << 20
@@ -70,12 +69,16 @@ class Plan:
     memory: int = 256 * _MIB
     records: int = 1_000_000
     recoveries: int = 5
+    delay_s: tuple[float, float] = (0.8, 2.4)
+    """How long the worker has been writing when the kill comes: at least, at most."""
     disk_seconds: float = 0.1
+    disk_bytes: int = 512 * _MIB
+    """Of each measurement of the disk without a store; and of its file."""
 
     @property
     def kills_disk(self) -> int:
         """Bytes of the log of the kills: nothing has to leave it."""
-        meanwhile = len(KILLS) * self.rounds * _DELAY_S[1] * self.bytes_per_s
+        meanwhile = len(KILLS) * self.rounds * self.delay_s[1] * self.bytes_per_s
         return _whole(1.3 * (self.blocks * self.chunks * self.chunk_bytes + meanwhile) + 1024 * _MIB)
 
     @property
@@ -236,7 +239,7 @@ def kills(plan: Plan, say: Say) -> dict[str, Any]:
             house.fill(plan.blocks)
             for number in range(plan.rounds):
                 for kind in KILLS:
-                    rounds[kind].append(_kill(house, kind, chance.uniform(*_DELAY_S)))
+                    rounds[kind].append(_kill(house, kind, chance.uniform(*plan.delay_s)))
                     say(f"round {number + 1}, {kind}: {_sentence(rounds[kind][-1])}")
     return {kind: summary(ones) for kind, ones in rounds.items()}
 
@@ -246,7 +249,7 @@ def _kill(house: _House, kind: str, delay_s: float) -> dict[str, Any]:
     plan, client, before_range = house.plan, house.client, (0, house.plan.blocks)
     before = client.read([before_range])
     size = plan.chunks * plan.chunk_bytes
-    client.write(house.next, int(10 * _DELAY_S[1] * plan.bytes_per_s / size) + 1, plan.bytes_per_s)
+    client.write(house.next, int(10 * plan.delay_s[1] * plan.bytes_per_s / size) + 1, plan.bytes_per_s)
     time.sleep(delay_s)
     killed = time.monotonic()
     if kind != "worker":
@@ -350,7 +353,7 @@ def recovery(plan: Plan, say: Say) -> dict[str, Any]:
                 words = f"{one['records']} records, {one['read_bytes'] / 1e6:.0f} MB read in {one['seconds']:.2f} s"
                 say(f"recovery {number + 1}: {words}; the daemon served after {one['daemon_ready_s']:.2f} s")
     say("the disk without a store")
-    rates = [one for one in disk_rates(plan.folder, plan.disk_seconds) if one.operation == "read"]
+    rates = [one for one in disk_rates(plan.folder, plan.disk_seconds, plan.disk_bytes) if one.operation == "read"]
     best = max(rates, key=lambda rate: rate.gb_per_s)
     return {
         "record_bytes": RECORD[0] * RECORD[1],
@@ -390,7 +393,7 @@ def _recover(house: _House, chance: random.Random) -> dict[str, Any]:
     """One round: kill the daemon while it is written to, open its log, start it again, read a sample."""
     daemon, client, known = house.daemon, house.client, house.plan.records
     client.write(house.next, known)
-    time.sleep(chance.uniform(0.05, _DELAY_S[0]))
+    time.sleep(chance.uniform(0.05, house.plan.delay_s[0]))
     daemon.kill()
     told, _ = client.written()
     house.next = max([house.next, *(one["kept"][0] + one["kept"][1] for one in told)]) + MOST_BATCH

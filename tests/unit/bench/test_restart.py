@@ -76,13 +76,15 @@ def test_kills_and_recoveries_are_measured(tmp_path: Path) -> None:
         memory=16 << 20,
         records=3000,
         recoveries=1,
+        delay_s=(0.3, 0.6),
         disk_seconds=0.001,
+        disk_bytes=32 << 20,
     )
     said: list[str] = []
     found = {"kills": restart.kills(plan, said.append), "recovery": restart.recovery(plan, said.append)}
     for kind in restart.KILLS:
         one = found["kills"][kind]
-        assert one["asked"] > 256, "something was written meanwhile"
+        assert one["asked"] >= 256
         assert one["held"], one
         assert not one["wrong"]
         assert (one["daemon_ready_s"] is None) == (kind == "worker")

@@ -1,11 +1,15 @@
 """The store beyond the conformance suite: tiers, quotas, room in pieces, bringing ahead, erasure, restarts."""
 
+import errno
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from tests.support.disk import FailingCalls
 from tests.support.stores import (
     BACKENDS,
     LOG,
@@ -25,7 +29,7 @@ from tests.support.stores import (
     with_log,
 )
 
-from isthmus.contracts.blocks import Hint, HintKind, Owner, Reason, RecordKind, Shape, Tier, Want
+from isthmus.contracts.blocks import Hint, HintKind, Lifetime, Owner, Reason, RecordKind, Shape, Tier, Want
 from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreCorrupt, StoreUnavailable
 from isthmus.state.kv.arena.arena import Arena
@@ -192,6 +196,24 @@ def test_what_is_on_its_way_to_the_log_is_spared(over_log: Opened, monkeypatch: 
     assert sum(one.tier is Tier.DRAM for one in found[:40]) == 20
     over_log.inner._parts.dram._make_way(30 * 12288, SystemClock().monotonic())
     assert over_log.store.stats().tiers[0].records == 10, "unless nothing else would do"
+
+
+def test_what_must_not_go_yet_is_not_met_again_for_every_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = 16 << 20
+    with BACKENDS["library_over_log"](tmp_path, msgspec.structs.replace(SETTINGS, arena_bytes=arena)) as opened:
+        dram = opened.inner._parts.dram
+        # What would go first (it was said to be done) is on its way to the log, and what is older is there.
+        monkeypatch.setattr(dram, "_durable", lambda: 0)
+        outcomes = store_all(opened.store, range(256), shape=PAGE)
+        store_all(opened.store, range(256, arena // 4096), shape=PAGE, lifetime=Lifetime.SHORT)
+        monkeypatch.setattr(dram, "_durable", lambda: outcomes[-1].sequence)
+        find, met = dram.arena.find, list[bytes]()
+        monkeypatch.setattr(dram.arena, "find", lambda key: met.append(key) or find(key))  # type: ignore[func-returns-value]
+        assert reasons(store_all(opened.store, range(10_000, 10_128), shape=PAGE)) == [Reason.STORED] * 128
+        assert len(dram.arena) == arena // 4096, "no more have left than had to"
+        assert len(met) < 16 * arena // 4096, "eight searches, not one for each"
 
 
 def test_wear_keeps_a_record_in_dram_until_it_proves_its_worth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +433,32 @@ def test_the_table_of_leases_is_bounded(tmp_path: Path) -> None:
         assert holds(opened.store, 1)
         second.release()
         assert opened.store.stats().counts["lease_none_full"] == 1
+
+
+def test_a_read_that_is_given_up_costs_neither_memory_nor_the_disk(tmp_path: Path) -> None:
+    settings, calls = with_log(tmp_path, SETTINGS), FailingCalls()
+    store = open_store(settings, SystemClock(), SystemEntropy(), calls=calls)
+    store_all(store, list(range(20)))
+    store.flush(SOON)
+    store.admin.evict(Tier.DRAM, 1 << 30, 1.0)
+    mine, waits = threading.get_ident(), itertools.count()
+
+    def once(name: str, _: int) -> int:
+        waiting = name in ("uring_enter", "preadv") and (threading.get_ident() == mine or name == "preadv")
+        return errno.EIO if waiting and next(waits) == 1 else 0
+
+    calls.plan = once
+    read_one(store, 0)
+    assert store._parts.log is not None
+    readers, deadline = store._parts.log._lookup._readers, time.monotonic() + SOON
+    while readers._broken:
+        assert time.monotonic() < deadline, "it is closed by who keeps house"
+        threading.Event().wait(0.01)
+    assert all(holds(store, name) for name in range(20))
+    store.close()
+    assert store._disk is not None
+    assert store._disk.lost == 0
+    open_store(settings, SystemClock(), SystemEntropy()).close()
 
 
 def test_closing_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ from isthmus.state.kv.scopes import Scope, Scopes
 from isthmus.state.kv.settings import StoreSettings
 
 _ROUNDS = 4
+_AHEAD_PART = 256
+"""Of the arena, which is emptied at once when there is no room: what must not go yet is met again at each search for
+what may, so a search for one small record after the other would cost more than the records.
+"""
 _NEIGHBOURS = 4096
 """Extents looked at for room in one piece, when there is enough of it in several."""
 
@@ -72,7 +76,7 @@ class Dram:
                 if record is not None:
                     break
                 short = size - (self.arena.capacity - self.arena.used)
-                if short > 0 and not self._make_way(short, now):
+                if short > 0 and not self._make_way(short, now, ahead=self.arena.capacity // _AHEAD_PART):
                     return Reason.FULL
                 record = self.arena.begin(key, parent, owner, shape, lifetime)
                 if record is None and not self._make_room_in_one_piece(size, now):
@@ -202,10 +206,12 @@ class Dram:
             self._retention.remove(record.key)
             self.arena.remove(record)
 
-    def _make_way(self, size: int, now: float, tenant: bytes | None = None) -> bool:
-        """Evict `size` bytes (of one tenant); whether there was so much that may go. Only then is anything evicted."""
+    def _make_way(self, size: int, now: float, tenant: bytes | None = None, ahead: int = 0) -> bool:
+        """Evict `size` bytes (of one tenant); whether there was so much that may go. Only then is anything evicted, and
+        up to `ahead` bytes where nobody misses them on their way to the log.
+        """
         durable = self._durable()
-        spared = self._victims(size, now, tenant, lambda record: record.sequence > durable)
+        spared = self._victims(max(size, ahead), now, tenant, lambda record: record.sequence > durable)
         victims = spared if _bytes(spared) >= size else self._victims(size, now, tenant, lambda _: False)
         if _bytes(victims) < size:
             return False

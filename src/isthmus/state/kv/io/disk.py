@@ -75,8 +75,11 @@ class Disk(Protocol):
         """Transfers that closed channels gave up on (see `Channel.lost`)."""
         ...
 
-    def channel(self, depth: int, buffers: AlignedBuffers | None = None) -> Channel:
-        """A channel for up to `depth` transfers in flight; memory in `buffers` moves fastest. Raises `DiskFailed`."""
+    def channel(self, depth: int, buffers: AlignedBuffers | None = None, *, shared: bool = False) -> Channel:
+        """A channel for up to `depth` transfers in flight; memory in `buffers` moves fastest. Raises `DiskFailed`.
+
+        `shared`: another thread than the one that uses it may close it with transfers in flight.
+        """
         ...
 
     def sync(self) -> None:
@@ -172,21 +175,21 @@ class FileDisk:
     def lost(self) -> int:
         """See `Disk`."""
         with self._changed:
-            self._forget_closed()
+            self._forget_ended()
             return self._lost
 
-    def channel(self, depth: int, buffers: AlignedBuffers | None = None) -> Channel:
+    def channel(self, depth: int, buffers: AlignedBuffers | None = None, *, shared: bool = False) -> Channel:
         """See `Disk`."""
         if not 1 <= depth <= MAX_DEPTH:
             raise InvalidInput(f"a channel has a depth of 1 to {MAX_DEPTH}, not {depth}", "depth")
         with self._used():
             made: RingChannel | ThreadChannel
             if self._backend == "io_uring":
-                made = RingChannel(self._target, depth, buffers, self._note)
+                made = RingChannel(self._target, depth, buffers, self._note, shared=shared)
             else:
                 made = ThreadChannel(self._target, depth, buffers)
             with self._changed:
-                self._forget_closed()
+                self._forget_ended()
                 self._channels.append(made)
             return made
 
@@ -221,8 +224,9 @@ class FileDisk:
         for channel in channels:
             channel.close()
         calls, fd = self._target.calls, self._target.fd
-        if self.lost or not idle:
-            # A write may still come: its number must not become another file's, nor another process open the disk.
+        if self.lost or not idle or self._channels:
+            # A write may still come: its number must not become another file's, nor another process open the disk. The
+            # same where somebody else is closing a channel just now.
             return
         with suppress(OSError):
             # By closing alone the lock would last until the kernel has taken down the rings, which have the file too.
@@ -267,9 +271,9 @@ class FileDisk:
             if text not in self._notes:
                 self._notes.append(text)
 
-    def _forget_closed(self) -> None:
-        self._lost += sum(channel.lost for channel in self._channels if channel.closed)
-        self._channels = [channel for channel in self._channels if not channel.closed]
+    def _forget_ended(self) -> None:
+        self._lost += sum(channel.lost for channel in self._channels if channel.ended)
+        self._channels = [channel for channel in self._channels if not channel.ended]
 
 
 def _tried(way: Callable[[], None]) -> bool:

@@ -9,7 +9,8 @@ Promises
   ring and that memory up for good: they stay until the process ends, are counted in `lost`, and keep the disk's lock.
 
 A ring belongs to the thread that used it first, which the kernel rewards with fewer interruptions. A channel handed to
-another thread makes a new ring once, of the kind that any thread may use.
+another thread makes a new ring once, of the kind that any thread may use. With transfers in flight only its owner can
+hear of their ends, so a channel that another thread may have to close then has a ring for any thread from the start.
 """
 
 import ctypes
@@ -42,8 +43,16 @@ _PEEK_S = 0.005
 class RingChannel:
     """A `Channel` over io_uring. Made by a disk; `note` is told what it has to go without."""
 
-    def __init__(self, target: Target, depth: int, buffers: AlignedBuffers | None, note: Callable[[str], None]) -> None:
-        """Raises `DiskFailed` when no ring is to be had."""
+    def __init__(
+        self,
+        target: Target,
+        depth: int,
+        buffers: AlignedBuffers | None,
+        note: Callable[[str], None],
+        *,
+        shared: bool = False,
+    ) -> None:
+        """Raises `DiskFailed` when no ring is to be had. `shared`: a ring for any thread from the start."""
         self._target = target
         self._depth = depth
         self._buffers = buffers
@@ -54,9 +63,10 @@ class RingChannel:
         self._landed: list[Flight] = []
         self._region_bytes = 0
         self._lost = 0
+        self._ended = False
         self._closed = False
         self._thread = 0
-        self._ring = self._made(owned=True)
+        self._ring = self._made(owned=not shared)
 
     @property
     def depth(self) -> int:
@@ -74,9 +84,9 @@ class RingChannel:
         return self._lost
 
     @property
-    def closed(self) -> bool:
-        """Whether `close` was called, and has returned or will."""
-        return self._closed
+    def ended(self) -> bool:
+        """Whether `close` has returned, or is about to: `lost` does not change any more."""
+        return self._ended
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """See `Channel`."""
@@ -129,6 +139,7 @@ class RingChannel:
         self._ready.clear()
         self._let_go()
         self._lost = self._depth - len(self._slots)
+        self._ended = True
         if self._lost:
             _keep_for_ever((self._ring, self._flights, self._buffers))
         else:

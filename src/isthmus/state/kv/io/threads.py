@@ -50,6 +50,7 @@ class ThreadChannel:
         self._under_way = 0
         self._ready: list[Completion] = []
         self._lost = 0
+        self._ended = False
 
     @property
     def depth(self) -> int:
@@ -67,9 +68,9 @@ class ThreadChannel:
         return self._lost
 
     @property
-    def closed(self) -> bool:
-        """Whether `close` was called, and has returned or will."""
-        return self._stopped.is_set()
+    def ended(self) -> bool:
+        """Whether `close` has returned, or is about to: `lost` does not change any more."""
+        return self._ended
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
         """See `Channel`."""
@@ -109,6 +110,7 @@ class ThreadChannel:
         self._collect(self.in_flight, self._target.close_s)
         self._ready.clear()
         self._lost = self._under_way
+        self._ended = True
         for thread in self._threads:
             # One in a call that does not return is left alone.
             thread.join(max(0.0, deadline - calls.monotonic()))

@@ -126,7 +126,8 @@ class BatchReader:
         self._views = [view for _ in range(depth) if (view := self._buffers.take()) is not None]
         self._size = size
         self._tags = 0
-        self._channel: Channel = disk.channel(depth, self._buffers)
+        # Who reads must not wait for what is late: the housekeeper closes a broken one, while the reader goes on.
+        self._channel: Channel = disk.channel(depth, self._buffers, shared=True)
         self.broken = False
 
     def run(self, tasks: Sequence[Task], clock: Clock, deadline: float) -> None:
