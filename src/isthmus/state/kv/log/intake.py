@@ -14,6 +14,8 @@ from isthmus.state.kv.log.staging import Slot
 
 _GROUP = 64
 """Most records that get room under one hold of the lock."""
+_GROUP_BYTES = 4 << 20
+"""About how much of them is copied before the disk is told: it writes that while the next is copied."""
 
 
 class Intake:
@@ -70,7 +72,8 @@ class Intake:
         """Give room to the next records, until memory is short; what is refused gets its outcome."""
         group: list[tuple[LogRecord, RecordHeader, Slot]] = []
         now = self._clock.monotonic()
-        while len(outcomes) < len(records) and len(group) < _GROUP and not self._turns:
+        size = 0
+        while len(outcomes) < len(records) and len(group) < _GROUP and size < _GROUP_BYTES and not self._turns:
             record = records[len(outcomes)]
             refused = self._refused(record, now)
             if refused is not None:
@@ -81,6 +84,7 @@ class Intake:
                 break
             group.append(taken)
             outcomes.append(Outcome(Reason.STORED, Tier.NVME, taken[1].sequence))
+            size += record.shape.record_bytes
         return group
 
     def _wait(

@@ -12,6 +12,7 @@ Syncs are somebody else's (commit.py): `step` only ever waits for writes, and no
 
 import errno
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.io.buffers import AlignedBuffers
-from isthmus.state.kv.io.transfers import Channel, Op, Transfer
+from isthmus.state.kv.io.transfers import Channel, Completion, Op, Transfer
 from isthmus.state.kv.log.format import (
     CLASSES,
     ENTRY,
@@ -113,7 +114,7 @@ class Writer:
         Returns whether anything was begun or completed.
         """
         try:
-            ended = self._channel.wait(1 if patience_s > 0 else 0, patience_s) if self._channel.in_flight else []
+            ended = self._completed(patience_s)
         except DiskFailed as error:
             with self._changed:
                 self._ledger.refuse(f"writes cannot be waited for: {error}")
@@ -134,6 +135,17 @@ class Writer:
         if footer is not None:
             self._write_footer(*footer)
         return self._submit(now) or bool(ended)
+
+    def _completed(self, patience_s: float) -> list[Completion]:
+        """Writes that have completed: waits for one, takes in those that came with it."""
+        if not self._channel.in_flight:
+            return []
+        if patience_s <= 0:
+            return self._channel.wait(0, 0.0)
+        ended = self._channel.wait(1, patience_s)
+        with suppress(DiskFailed):  # the next step hears of it
+            ended += self._channel.wait(0, 0.0)
+        return ended
 
     def adopt(self, lane: int, segment: Segment) -> None:
         """An OPEN segment, found when the log was opened, takes the extents of its class."""
