@@ -45,6 +45,7 @@ from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import StoreError, StoreUnavailable
 from isthmus.contracts.keys import KEY_BYTES, BlockKey
 from isthmus.state.kv.arena import arena as arena_module
+from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.client import open_client
 from isthmus.state.kv.daemon import run_daemon
 from isthmus.state.kv.hashing import digests_of
@@ -198,13 +199,16 @@ class Logged:
         """See `Measured`. Slice by slice, as the store does, so that one is written while the next is hashed."""
         step = max(1, SLICE_BYTES // len(batch[0][0].source))
         for first in range(0, len(batch), step):
-            records = []
-            for record, want in batch[first : first + step]:
-                digests = self._digests(record.source, want.shape.chunk_bytes)
-                records.append(LogRecord(record.key, None, OWNER, want.shape, Lifetime.SESSION, digests, record.source))
+            part = batch[first : first + step]
+            records = together(self._record, part, sum(len(record.source) for record, _ in part))
             expect(self._log.append(records, WAIT_S), Reason.STORED)
         if self._each:
             self.settle()
+
+    def _record(self, item: tuple[Record, Want]) -> LogRecord:
+        record, shape = item[0], item[1].shape
+        digests = self._digests(record.source, shape.chunk_bytes)
+        return LogRecord(record.key, None, OWNER, shape, Lifetime.SESSION, digests, record.source)
 
     def settle(self) -> None:
         """See `Measured`."""

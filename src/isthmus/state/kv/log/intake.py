@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from isthmus.contracts.blocks import Outcome, Reason, Tier
 from isthmus.contracts.clock import Clock
+from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.log.admission import Admission
 from isthmus.state.kv.log.drive import Driver
 from isthmus.state.kv.log.format import EXTENT_HEADER, SECTOR, RecordHeader, align, footer_bytes, record_span
@@ -53,9 +54,7 @@ class Intake:
                 if not group and len(outcomes) < len(records):
                     group = self._wait(records[len(outcomes)], outcomes, deadline)
             try:
-                for record, header, slot in group:
-                    payload = record.payload.cast("B") if record.payload.nbytes else record.payload
-                    self._ledger.staging.fill(slot, header, record.digests, payload)
+                together(self._fill, group, sum(record.shape.record_bytes for record, _, _ in group))
             finally:
                 with self._changed:
                     for _, _, slot in group:
@@ -65,6 +64,11 @@ class Intake:
             for outcome in outcomes:
                 self._ledger.counts[f"append_{outcome.reason}"] += 1
         return outcomes
+
+    def _fill(self, taken: tuple[LogRecord, RecordHeader, Slot]) -> None:
+        record, header, slot = taken
+        payload = record.payload.cast("B") if record.payload.nbytes else record.payload
+        self._ledger.staging.fill(slot, header, record.digests, payload)
 
     def _reserve(
         self, records: Sequence[LogRecord], outcomes: list[Outcome]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from isthmus.contracts.blocks import DIGEST_BYTES, Reason, Want
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import DiskFailed
+from isthmus.state.kv.arena.copying import copy
 from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.io.disk import Disk
@@ -25,7 +26,6 @@ from isthmus.state.kv.log.format import (
     payload_offset,
 )
 from isthmus.state.kv.log.plan import Range, Window, plan, ranges_of, slack_of
-from isthmus.state.kv.log.staging import copy
 
 _LEAST_FLYING = 2
 
@@ -33,8 +33,8 @@ _LEAST_FLYING = 2
 class Task:
     """One record of a batch while it is read. `reason` None: not finished. `other`: what is there has another key."""
 
-    __slots__ = ("_arrived", "_begun", "_body", "_head", "_head_left", "_into", "_left", "_seed", "generation", "header",
-                 "other", "reason", "start", "want")  # fmt: skip
+    __slots__ = ("_arrived", "_begun", "_body", "_head", "_head_left", "_into", "_left", "_seed",
+                 "generation", "header", "other", "reason", "start", "want")  # fmt: skip
 
     def __init__(self, want: Want, start: int, generation: int, seed: int) -> None:
         """`start`: where on the disk the record begins."""
