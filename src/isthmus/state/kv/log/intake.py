@@ -59,7 +59,9 @@ class Intake:
                 with self._changed:
                     for _, _, slot in group:
                         slot.extent.copying -= 1
-                    self._changed.notify_all()
+                    # The writer has something to do, or will have when an extent has lingered.
+                    if any(self._ledger.staging.queues) or any(slot.start == EXTENT_HEADER for _, _, slot in group):
+                        self._changed.notify_all()
         with self._changed:
             for outcome in outcomes:
                 self._ledger.counts[f"append_{outcome.reason}"] += 1
