@@ -63,6 +63,8 @@ from isthmus.state.kv.writing import SLICE_BYTES
 CHUNKS = 16
 LOG_SHARE = 3
 SMALL_BYTES = 128 << 20
+SPARE_SEGMENTS = 4
+"""Those being written, those kept free, and more: of records of half a segment only one fits into each."""
 LEAST_SEGMENTS = 12
 ARENA_SHARE = 1.25
 WAIT_S = 60.0
@@ -283,7 +285,8 @@ def extent_bytes(size: int) -> int:
 
 def log_bytes(size: int) -> int:
     """Bytes on the disk of each log that is made for questions of at most `size` bytes."""
-    return max(LOG_SHARE * size, LEAST_SEGMENTS * segment_bytes(size))
+    segment = segment_bytes(size)
+    return max(LOG_SHARE * size + SPARE_SEGMENTS * segment, LEAST_SEGMENTS * segment)
 
 
 @dataclass(frozen=True, slots=True)
