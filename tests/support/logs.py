@@ -133,13 +133,17 @@ class World:
         self.log = opened(self.disk, self.settings, self.clock)
         self.kept: dict[bytes, Kept] = {}
         self.forgotten: list[Scope] = []
+        self.offered: set[bytes] = set()
         self.faulty = False
         """Whether the disk is meant to fail."""
         self.doubtful: list[tuple[Scope, int]] = []
 
     def put(self, *records: LogRecord, timeout_s: float = 1.0) -> list[Outcome]:
         """Append, and remember what was taken in."""
+        # From now on what was forgotten of these may be there again: writes begin before the call returns.
+        self.offered = {one.key for one in records}
         outcomes = self.log.append(records, timeout_s)
+        self.offered = set()
         for one, outcome in zip(records, outcomes, strict=True):
             if outcome.reason is Reason.STORED:
                 self.kept[one.key] = Kept(one, outcome.sequence)
