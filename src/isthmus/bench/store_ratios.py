@@ -46,11 +46,12 @@ class Goal:
     bound: float
     most: bool = False
     batched: bool = False
+    least_size: int = 0
 
     def covers(self, ratio: Ratio) -> bool:
         """Whether the goal is about it."""
         named = ratio.kind == self.kind and ratio.ours in self.ours and ratio.operation in self.operations
-        return named and (not self.batched or (ratio.case.batch > 1 and ratio.case.size >= BATCHED_BYTES))
+        return named and (not self.batched or ratio.case.batch > 1) and ratio.case.size >= self.least_size
 
     def met(self, value: float) -> bool:
         """Whether a ratio is what it should be."""
@@ -60,8 +61,18 @@ class Goal:
 GOALS = (
     Goal("arena get over memcpy", "memcpy", (ARENA,), ("get",), 0.75),
     Goal("log put and get over the disk's best queue depth", "disk", (LOG,), OPERATIONS, 0.9),
+    Goal("log put and get in batches over the disk's best queue depth", "disk", (LOG,), OPERATIONS, 0.9, batched=True),
+    Goal("log get, one record a call, over the disk at queue depth 1", "depth", (LOG,), ("get",), 0.9),
     Goal("log, seconds verified over unverified", "verified", (LOG,), OPERATIONS, 1.05, most=True),
-    Goal("over the best peer, batches of 1 MiB and more", "peer", tuple(RIVALS), OPERATIONS, 1.0, batched=True),
+    Goal(
+        "over the best peer, batches of 1 MiB and more",
+        "peer",
+        tuple(RIVALS),
+        OPERATIONS,
+        1.0,
+        batched=True,
+        least_size=BATCHED_BYTES,
+    ),
 )
 
 
@@ -91,10 +102,14 @@ def _to_disk(speeds: Speeds, disk: Sequence[DiskRate]) -> Iterator[Ratio]:
             size = max((one for one in SIZES if one <= case.size), default=min(SIZES))
             for operation, figures in operations.items():
                 rates = [one for one in disk if one.size == size and one.operation == WRITES[operation]]
-                if rates:
-                    best = max(rates, key=lambda rate: rate.gb_per_s)
-                    name = f"{best.backend} depth {best.depth}"
-                    yield Ratio("disk", ours, name, case, operation, figures["gb_per_s"] / best.gb_per_s)
+                kinds = {"disk": rates}
+                if case.batch == 1 and operation == "get":  # one transfer after the other is all that it can be
+                    kinds["depth"] = [one for one in rates if one.depth == 1]
+                for kind, among in kinds.items():
+                    if among:
+                        best = max(among, key=lambda rate: rate.gb_per_s)
+                        name = f"{best.backend} depth {best.depth}"
+                        yield Ratio(kind, ours, name, case, operation, figures["gb_per_s"] / best.gb_per_s)
 
 
 def _verified(speeds: Speeds) -> Iterator[Ratio]:

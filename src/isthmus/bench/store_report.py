@@ -11,6 +11,7 @@ from isthmus.bench.store_ratios import Ratio, Speeds, judged, ratios
 _NAMES = {
     "memcpy": "of memcpy",
     "disk": "of the disk",
+    "depth": "of the disk at depth 1",
     "verified": "of the time unverified",
     "peer": "of the best peer",
 }

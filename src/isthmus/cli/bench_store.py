@@ -14,7 +14,7 @@ PEERS = ("lmcache", "mooncake")
 SIZES = (64 << 10, 1 << 20, 4 << 20, 32 << 20)
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20}
 _LEAST, _MOST = 64 << 10, 512 << 20
-_DISK_NEEDED = 4 << 30
+_DISK_NEEDED = 6 << 30
 _MEMORY_NEEDED = 6 << 30
 _USUAL_BYTES = 256 << 20
 
@@ -25,7 +25,7 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "store",
         help="the block store: GB/s, latency and CPU, beside other stores and the machine's limits",
         description=__doc__,
-        epilog="Takes at most 4 GiB of disk below --folder and 6 GiB of memory. Peers live in environments of their\n"
+        epilog="Takes at most 6 GiB of disk below --folder and 6 GiB of memory. Peers live in environments of their\n"
         "own: benchmarks/peers/make.sh lmcache makes one.\n\n"
         "examples:\n  isthmus bench store --json result.json --peer lmcache --peer mooncake\n"
         "  isthmus bench store --size 1MiB --rounds 1",

@@ -11,6 +11,7 @@ generation of their memory is still the same after the copy and the lease has no
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +35,7 @@ from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv import wire
 from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_slice, flat
+from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.lanepool import ClientSettings, LanePool, inside
 from isthmus.state.kv.lanes import Mapping
 from isthmus.state.kv.parts import capped, check_batch
@@ -122,10 +124,12 @@ class RemoteStore:
         if not isinstance(lease, RemoteLease):
             raise InvalidInput("the lease is not one of this store", "lease")
         deadline = self._clock.monotonic() + timeout_s
-        outcomes: list[Outcome | None] = []
-        for want in wants:
+
+        def above(want: Want) -> Outcome | None:
             late = self._clock.monotonic() >= deadline
-            outcomes.append(Outcome(Reason.LATE) if late else self._from_arena(lease, want))
+            return Outcome(Reason.LATE) if late else self._from_arena(lease, want)
+
+        outcomes = together(above, wants, sum(want.into.nbytes for want in wants))
         lease.seen.update((one.tier, one.reason) for one in outcomes if one is not None)
         left = [index for index, one in enumerate(outcomes) if one is None]
         for index, outcome in zip(left, self._from_area(lease, [wants[at] for at in left], deadline), strict=True):
@@ -246,19 +250,22 @@ class RemoteStore:
         with self._pool.borrowed(deadline) as lane:
             if not lane.connected:
                 return [Outcome(Reason.UNAVAILABLE)] * len(puts)
-            offset, parts = 0, []
-            for put in puts:
-                size = put.shape.record_bytes
-                digests = copy_digests(flat(put.payload), lane.window[offset : offset + size], put.shape.chunk_bytes)
-                form = wire.Form.of(put.shape)
-                ids = put.owner.namespace_id, put.owner.session_id
-                parts.append(wire.PutPart(put.key, put.parent, *ids, form, put.lifetime, digests, offset))
-                offset += -(-size // _ALIGN) * _ALIGN
+            sizes = [-(-put.shape.record_bytes // _ALIGN) * _ALIGN for put in puts]
+            places = zip(puts, accumulate([0, *sizes[:-1]]), strict=True)
+            parts = together(lambda place: _shown(*place, lane.window), list(places), sum(sizes))
             within = inside(deadline - self._clock.monotonic())
             answer = lane.ask(lambda number: wire.WriteAsk(number, parts, within), wire.Results)
             if isinstance(answer, Reason) or len(answer.results) != len(puts):
                 return [Outcome(answer if isinstance(answer, Reason) else Reason.UNAVAILABLE)] * len(puts)
             return [Outcome(one.reason, one.tier, one.sequence) for one in answer.results]
+
+
+def _shown(put: Put, offset: int, window: memoryview) -> wire.PutPart:
+    """Copy a payload to its place in the window; what the daemon is told of it."""
+    target = window[offset : offset + put.shape.record_bytes]
+    digests = copy_digests(flat(put.payload), target, put.shape.chunk_bytes)
+    ids = put.owner.namespace_id, put.owner.session_id
+    return wire.PutPart(put.key, put.parent, *ids, wire.Form.of(put.shape), put.lifetime, digests, offset)
 
 
 def _rounds(sizes: Sequence[tuple[int, int]], room: int) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.arena.copying import flat
+from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.leases import Granted, LeaseTable
 from isthmus.state.kv.log.records import Location, LogRead
@@ -151,16 +152,14 @@ class Reader:
         """See `BlockStore.read`."""
         check_batch(len(wants), MAX_BATCH, "wants")
         deadline = self._parts.until(timeout_s)
-        outcomes: list[Outcome] = []
-        below: list[int] = []
-        for index, want in enumerate(wants):
-            if self._parts.clock.monotonic() >= deadline:
-                outcomes.append(Outcome(Reason.LATE))
-                continue
-            outcome = self._from_arena(lease, want)
-            if outcome is None or outcome.reason is Reason.CORRUPT:
-                below.append(index)
-            outcomes.append(outcome or Outcome(Reason.ABSENT))
+
+        def above(want: Want) -> Outcome | None:
+            late = self._parts.clock.monotonic() >= deadline
+            return Outcome(Reason.LATE) if late else self._from_arena(lease, want)
+
+        found_above = together(above, wants, sum(want.into.nbytes for want in wants))
+        below = [at for at, one in enumerate(found_above) if one is None or one.reason is Reason.CORRUPT]
+        outcomes = [one or Outcome(Reason.ABSENT) for one in found_above]
         if below and self._parts.log is not None:
             found = self._from_log(lease, [wants[index] for index in below], deadline)
             for index, outcome in zip(below, found, strict=True):

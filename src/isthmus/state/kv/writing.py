@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from isthmus.contracts.blocks import MAX_BATCH, Outcome, Put, Reason, Tier
 from isthmus.state.kv.arena.arena import Record
 from isthmus.state.kv.arena.copying import flat
+from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.parts import Parts, check_batch, log_record
 
 SLICE_BYTES = 4 << 20
@@ -42,19 +43,19 @@ class Writer:
     def _write_slice(self, puts: Sequence[Put], expected: Sequence[bytes], deadline: float) -> list[Outcome]:
         log = self.parts.log
         below = [None] * len(puts) if log is None else log.locate([put.key for put in puts])
-        outcomes: list[Outcome] = []
+        outcomes = [Outcome(Reason.PRESENT, Tier.NVME)] * len(puts)
         kept: list[tuple[int, Record]] = []
+
+        def take(index: int) -> None:
+            found = self._take(puts[index], expected[index])
+            if isinstance(found, Record):
+                kept.append((index, found))
+            outcomes[index] = Outcome(Reason.STORED if isinstance(found, Record) else found, Tier.DRAM)
+
         try:
-            for index, (put, digests) in enumerate(zip(puts, expected, strict=True)):
-                if below[index] is not None:
-                    outcomes.append(Outcome(Reason.PRESENT, Tier.NVME))
-                    continue
-                found = self._take(put, digests)
-                if isinstance(found, Record):
-                    kept.append((index, found))
-                    outcomes.append(Outcome(Reason.STORED, Tier.DRAM))
-                else:
-                    outcomes.append(Outcome(found, Tier.DRAM))
+            missing = [index for index, place in enumerate(below) if place is None]
+            together(take, missing, sum(puts[index].shape.record_bytes for index in missing))
+            kept.sort(key=lambda one: one[0])
             for index, outcome in self._append(kept, deadline):
                 outcomes[index] = outcome
         finally:

@@ -149,6 +149,7 @@ def test_a_scrub_makes_a_footer_without_the_dead() -> None:
     world = World(segments=9)
     mixed(world, 100)
     world.settle()
+    world.run(1.0)  # sealing comes after
     assert world.log.stats().segments["sealed"] >= 1
     world.forget(Scope.of(MINE.namespace_id))
     world.run(5.0)

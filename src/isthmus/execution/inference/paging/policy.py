@@ -56,7 +56,7 @@ from isthmus.execution.inference.tree import PrefixTree
 CHEAPER = "recompute_cheaper"
 CANCELLED = "cancelled"
 NO_ROOM = "no_room"
-ROOM_S = 5.0
+ROOM_S = 15.0
 """How long a request waits for room to load in before it goes without: computing needs the room, too, and longer."""
 MEASURED_TOKENS = 64
 """Steps of fewer tokens say little about how fast prompts are computed."""

@@ -12,7 +12,7 @@ class PagingSettings(msgspec.Struct, frozen=True, kw_only=True):
     `early_share` (0: never) of the time that its own step takes, and that has at least `early_tokens` tokens.
     """
 
-    look_s: float = 0.25
+    look_s: float = 1.0
     load_s: float = 10.0
     max_loading: int = 8
     keep_bytes: int = 64 * 1024 * 1024

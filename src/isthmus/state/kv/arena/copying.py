@@ -1,14 +1,17 @@
 """Copies whose copy is what gets hashed: xxh3-128 of each layer chunk, read back from where the bytes were put.
 
 A piece is hashed right after it was copied, while it is in the processor's cache, so that the digests cost little
-beside the copy. Large copies and digests let other threads run meanwhile.
+beside the copy. Large copies and digests let other threads run meanwhile; what is larger still is shared with one.
 """
 
 import numpy as np
 import xxhash
 
 from isthmus.contracts.blocks import DIGEST_BYTES
+from isthmus.state.kv.arena.crew import together
 
+PART_BYTES = 1 << 20
+"""Of a copy from twice this on; a part has whole chunks."""
 PIECE_BYTES = 256 << 10
 _QUICK_BYTES = 64 << 10
 """Up to here a slice assignment is quicker than giving up the interpreter for the time of a copy."""
@@ -21,6 +24,23 @@ def flat(buffer: memoryview) -> memoryview:
 
 def copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
     """Copy whole chunks of `chunk_bytes`; the digests of what lies in `target` afterwards, one after the other."""
+    size = len(source)
+    if size < 2 * PART_BYTES:
+        return _copy_digests(source, target, chunk_bytes)
+    part = max(1, PART_BYTES // chunk_bytes) * chunk_bytes
+    spans = [slice(at, at + part) for at in range(0, size, part)]
+    return b"".join(together(lambda span: _copy_digests(source[span], target[span], chunk_bytes), spans, size))
+
+
+def copy(source: memoryview, target: memoryview) -> None:
+    """Copy bytes, as many in both; long copies let other threads run."""
+    if len(source) <= _QUICK_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def _copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
     size = len(source)
     digest = xxhash.xxh3_128_digest
     if size <= _QUICK_BYTES:

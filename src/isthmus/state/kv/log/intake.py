@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from isthmus.contracts.blocks import Outcome, Reason, Tier
 from isthmus.contracts.clock import Clock
+from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.log.admission import Admission
 from isthmus.state.kv.log.drive import Driver
 from isthmus.state.kv.log.format import EXTENT_HEADER, SECTOR, RecordHeader, align, footer_bytes, record_span
@@ -14,6 +15,8 @@ from isthmus.state.kv.log.staging import Slot
 
 _GROUP = 64
 """Most records that get room under one hold of the lock."""
+_GROUP_BYTES = 4 << 20
+"""About how much of them is copied before the disk is told: it writes that while the next is copied."""
 
 
 class Intake:
@@ -51,18 +54,23 @@ class Intake:
                 if not group and len(outcomes) < len(records):
                     group = self._wait(records[len(outcomes)], outcomes, deadline)
             try:
-                for record, header, slot in group:
-                    payload = record.payload.cast("B") if record.payload.nbytes else record.payload
-                    self._ledger.staging.fill(slot, header, record.digests, payload)
+                together(self._fill, group, sum(record.shape.record_bytes for record, _, _ in group))
             finally:
                 with self._changed:
                     for _, _, slot in group:
                         slot.extent.copying -= 1
-                    self._changed.notify_all()
+                    # The writer has something to do, or will have when an extent has lingered.
+                    if any(self._ledger.staging.queues) or any(slot.start == EXTENT_HEADER for _, _, slot in group):
+                        self._changed.notify_all()
         with self._changed:
             for outcome in outcomes:
                 self._ledger.counts[f"append_{outcome.reason}"] += 1
         return outcomes
+
+    def _fill(self, taken: tuple[LogRecord, RecordHeader, Slot]) -> None:
+        record, header, slot = taken
+        payload = record.payload.cast("B") if record.payload.nbytes else record.payload
+        self._ledger.staging.fill(slot, header, record.digests, payload)
 
     def _reserve(
         self, records: Sequence[LogRecord], outcomes: list[Outcome]
@@ -70,7 +78,8 @@ class Intake:
         """Give room to the next records, until memory is short; what is refused gets its outcome."""
         group: list[tuple[LogRecord, RecordHeader, Slot]] = []
         now = self._clock.monotonic()
-        while len(outcomes) < len(records) and len(group) < _GROUP and not self._turns:
+        size = 0
+        while len(outcomes) < len(records) and len(group) < _GROUP and size < _GROUP_BYTES and not self._turns:
             record = records[len(outcomes)]
             refused = self._refused(record, now)
             if refused is not None:
@@ -81,6 +90,7 @@ class Intake:
                 break
             group.append(taken)
             outcomes.append(Outcome(Reason.STORED, Tier.NVME, taken[1].sequence))
+            size += record.shape.record_bytes
         return group
 
     def _wait(

@@ -96,8 +96,11 @@ class SegmentLog:
     def unpin(self, location: Location) -> None:
         """Let go of what `hold` found."""
         with self._changed:
-            self._ledger.segments.unpin(location.segment)
-            self._changed.notify_all()
+            segments = self._ledger.segments
+            segments.unpin(location.segment)
+            # Only who evicts waits for that; to wake everybody for each read costs more than a small read itself.
+            if not segments[location.segment].pins and not self._evictor.idle:
+                self._changed.notify_all()
 
     def read(self, reads: Sequence[LogRead], timeout_s: float) -> list[Outcome]:
         """Read records, verified, into the caller's buffers (what is in one means nothing unless it is a `HIT`).

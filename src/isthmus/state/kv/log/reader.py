@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from isthmus.contracts.blocks import DIGEST_BYTES, Reason, Want
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import DiskFailed
-from isthmus.state.kv.hashing import digest
+from isthmus.state.kv.arena.copying import copy
+from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.io.disk import Disk
 from isthmus.state.kv.io.transfers import Channel, Completion, Op, Transfer
@@ -25,7 +26,6 @@ from isthmus.state.kv.log.format import (
     payload_offset,
 )
 from isthmus.state.kv.log.plan import Range, Window, plan, ranges_of, slack_of
-from isthmus.state.kv.log.staging import copy
 
 _LEAST_FLYING = 2
 
@@ -33,8 +33,8 @@ _LEAST_FLYING = 2
 class Task:
     """One record of a batch while it is read. `reason` None: not finished. `other`: what is there has another key."""
 
-    __slots__ = ("_arrived", "_body", "_head", "_head_left", "_into", "_left", "_seed", "generation", "header", "other",
-                 "reason", "start", "want")  # fmt: skip
+    __slots__ = ("_arrived", "_begun", "_body", "_head", "_head_left", "_into", "_left", "_seed",
+                 "generation", "header", "other", "reason", "start", "want")  # fmt: skip
 
     def __init__(self, want: Want, start: int, generation: int, seed: int) -> None:
         """`start`: where on the disk the record begins."""
@@ -50,8 +50,9 @@ class Task:
         self._head_left = len(self._head)
         self._body = start + len(self._head) + want.first_chunk * shape.chunk_bytes
         self._into = want.into.cast("B") if want.into.format != "B" or want.into.ndim != 1 else want.into
-        self._left = [shape.chunk_bytes] * want.count
-        self._arrived: list[int] = []
+        self._left = len(self._into)
+        self._begun: dict[int, int] = {}
+        self._arrived: list[tuple[int, int]] = []
 
     def ranges(self, index: int) -> list[Range]:
         """What has to be read for it."""
@@ -78,11 +79,19 @@ class Task:
             self._came(low, high)
 
     def _came(self, low: int, high: int) -> None:
+        """Bytes [low, high) of what is wanted are in the caller's buffer: which chunks are whole with that."""
         size = self.want.shape.chunk_bytes
-        for chunk in range(low // size, -(-high // size)):
-            self._left[chunk] -= min(high, (chunk + 1) * size) - max(low, chunk * size)
-            if not self._left[chunk]:
-                self._arrived.append(chunk)
+        self._left -= high - low
+        first, last = -(-low // size), high // size
+        if first < last:
+            self._arrived.append((first, last))
+        begun = {low // size: min(high, first * size) - low} if low < first * size else {}
+        if first <= last and last * size < high:
+            begun[last] = high - last * size
+        for chunk, length in begun.items():
+            self._begun[chunk] = self._begun.get(chunk, 0) + length
+            if self._begun[chunk] == size:
+                self._arrived.append((chunk, chunk + 1))
 
     def verify(self) -> None:
         """Check what has arrived. Sets `reason` when that decides it."""
@@ -93,14 +102,14 @@ class Task:
             if self.header is None:
                 return
         size, offset = self.want.shape.chunk_bytes, RECORD_HEADER + self.want.first_chunk * DIGEST_BYTES
-        for chunk in self._arrived:
-            at = offset + chunk * DIGEST_BYTES
-            if digest(self._into[chunk * size : (chunk + 1) * size]) != self._head[at : at + DIGEST_BYTES]:
+        for first, last in self._arrived:
+            expected = self._head[offset + first * DIGEST_BYTES : offset + last * DIGEST_BYTES]
+            if digests_of(self._into[first * size : last * size], size) != expected:
                 self.reason = Reason.CORRUPT
                 return
-        if len(self._arrived) and not any(self._left):
-            self.reason = Reason.HIT
         self._arrived.clear()
+        if not self._left:
+            self.reason = Reason.HIT
 
     def _check_head(self) -> None:
         view = memoryview(self._head)

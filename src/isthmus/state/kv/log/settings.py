@@ -32,10 +32,10 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A group commit begins when either is over."""
     queue_depth: int = 8
     """Writes in flight."""
-    read_bytes: int = _MIB
-    """The longest single read."""
-    read_depth: int = 16
-    """Reads in flight of one batch."""
+    read_bytes: int = 2 * _MIB
+    """The longest single read, but for a sixteenth more where that ends a record."""
+    read_depth: int = 8
+    """Buffers for the reads of one batch. Half of them are in flight while others are copied from."""
     readers: int = 2
     """Batches read at the same time; each has `read_depth` buffers of `read_bytes`."""
     wear_bytes_day: int = 0

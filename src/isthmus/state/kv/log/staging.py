@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from isthmus.state.kv.arena.copying import PART_BYTES, copy
+from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.log.format import (
     CLASSES,
@@ -35,7 +37,6 @@ from isthmus.state.kv.log.format import (
 )
 from isthmus.state.kv.log.segments import Segment
 
-_QUICK_BYTES = 64 << 10
 _SURVIVORS_SHARE = 4
 
 
@@ -236,20 +237,15 @@ class Staging:
             self._buffers.give(view)
 
 
-def copy(source: memoryview, target: memoryview) -> None:
-    """Copy bytes, as many in both; long copies let other threads run."""
-    if len(source) <= _QUICK_BYTES:
-        target[:] = source
-    else:
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
-
-
 def _scatter(views: list[memoryview], at: int, data: memoryview) -> None:
     """Copy `data` to the place `at` of several equal views that stand for one."""
     size = len(views[0])
+    most = PART_BYTES if len(data) >= 2 * PART_BYTES else size
+    pieces: list[tuple[memoryview, memoryview]] = []
     done, total = 0, len(data)
     while done < total:
         number, inside = divmod(at + done, size)
-        part = min(size - inside, total - done)
-        copy(data[done : done + part], views[number][inside : inside + part])
+        part = min(size - inside, total - done, most)
+        pieces.append((data[done : done + part], views[number][inside : inside + part]))
         done += part
+    together(lambda piece: copy(*piece), pieces, total)

@@ -12,6 +12,7 @@ Syncs are somebody else's (commit.py): `step` only ever waits for writes, and no
 
 import errno
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import DiskFailed
 from isthmus.state.kv.io.buffers import AlignedBuffers
-from isthmus.state.kv.io.transfers import Channel, Op, Transfer
+from isthmus.state.kv.io.transfers import Channel, Completion, Op, Transfer
 from isthmus.state.kv.log.format import (
     CLASSES,
     ENTRY,
@@ -113,27 +114,44 @@ class Writer:
         Returns whether anything was begun or completed.
         """
         try:
-            ended = self._channel.wait(1 if patience_s > 0 else 0, patience_s) if self._channel.in_flight else []
+            ended = self._completed(patience_s)
         except DiskFailed as error:
             with self._changed:
                 self._ledger.refuse(f"writes cannot be waited for: {error}")
             return False
+        begun = self._begin(now)  # more for the disk to do, before the books are made of what it has done
         with self._changed:
             for completion in ended:
                 self._ended(completion.tag, completion.error, now)
-            self._ledger.staging.close_due(now, self._linger_s, self._ledger.flush_to)
-            extents = self._choose()
             headers = self._ahead()
             footer = self._footer()
             if ended:
                 self._changed.notify_all()
         for segment in headers:
             self._write_header(segment)
-        for extent in extents:
-            self._write_extent(extent)
         if footer is not None:
             self._write_footer(*footer)
-        return self._submit(now) or bool(ended)
+        return self._submit(now) or begun or bool(ended)
+
+    def _begin(self, now: float) -> bool:
+        """Begin to write the extents that can be written; whether there were any."""
+        with self._changed:
+            self._ledger.staging.close_due(now, self._linger_s, self._ledger.flush_to)
+            extents = self._choose()
+        for extent in extents:
+            self._write_extent(extent)
+        return self._submit(now)
+
+    def _completed(self, patience_s: float) -> list[Completion]:
+        """Writes that have completed: waits for one, takes in those that came with it."""
+        if not self._channel.in_flight:
+            return []
+        if patience_s <= 0:
+            return self._channel.wait(0, 0.0)
+        ended = self._channel.wait(1, patience_s)
+        with suppress(DiskFailed):  # the next step hears of it
+            ended += self._channel.wait(0, 0.0)
+        return ended
 
     def adopt(self, lane: int, segment: Segment) -> None:
         """An OPEN segment, found when the log was opened, takes the extents of its class."""
@@ -189,9 +207,10 @@ class Writer:
         """Segments to prepare: for lanes that wait for one, and for those whose own is half full."""
         segments = self._ledger.segments
         taken: list[Segment] = []
+        for lane in self.lanes:
+            self._look_after(lane)
         for number in _ORDER:
             lane = self.lanes[number]
-            self._look_after(lane)
             if lane.next is not None:
                 continue
             waits = lane.open is None and bool(self._ledger.staging.queues[number])
