@@ -108,6 +108,30 @@ def test_a_sync_is_not_tried_again_and_its_segment_is_left_alone() -> None:
     assert world.log._ledger.segments[where.segment].state is State.RETIRED
 
 
+def test_with_too_few_segments_left_the_log_says_so_and_rests() -> None:
+    """Two: one has survivors, one is kept free for them. They were moved round for ever, and nothing was written."""
+    world = World(segments=8)
+    number = 0
+    segments = world.log._ledger.segments
+    while segments.count(State.RETIRED) < 6:
+        number += 1
+        world.put(record(key_of(number), 3000))
+        world.settle()
+        with world.log._changed:
+            for segment in segments.having(State.OPEN)[: 6 - segments.count(State.RETIRED)]:
+                world.log._ledger.retire(segment)
+    while not world.log.stats().read_only:
+        number += 1
+        if world.log.append([record(key_of(number), 3000)], 0.05)[0].reason is not Reason.STORED:
+            world.run(0.2)
+        assert number < 500, "it is to say that it cannot go on"
+    assert "no segment is left" in world.log.stats().read_only
+    world.run(1.0)
+    written = world.log.stats().written_bytes
+    world.run(5.0)
+    assert world.log.stats().written_bytes == written
+
+
 def test_a_disk_that_fails_for_good_ends_in_a_log_that_is_read_only() -> None:
     world = World()
     world.put(record(key_of(0)))

@@ -25,6 +25,10 @@ from isthmus.state.kv.log.format import ENTRY_BYTES, SECTOR, SLOT, SURVIVORS, Ro
 
 RESERVED = 1
 """Free segments that only survivors may take: without them nothing could be evicted, so nothing would get free."""
+LEAST = RESERVED + 2
+"""Segments that a log can work with: one of survivors, the reserved one, and one to write to. With fewer, survivors
+would be moved round for ever and nothing else get a segment.
+"""
 NEVER = 1 << 62
 _PAGE = 4096
 _HALF_LIFE = {Lifetime.SHORT: 0.25, Lifetime.SESSION: 1.0, Lifetime.SHARED: 2.0, SURVIVORS: 2.0}

@@ -32,7 +32,7 @@ from isthmus.state.kv.log.format import (
     footer_at,
 )
 from isthmus.state.kv.log.ledger import Ledger
-from isthmus.state.kv.log.segments import RESERVED, Segment, State
+from isthmus.state.kv.log.segments import LEAST, RESERVED, Segment, State
 from isthmus.state.kv.log.settings import LogSettings
 from isthmus.state.kv.log.staging import Extent
 
@@ -231,6 +231,9 @@ class Writer:
     def _stuck(self, waiting: Lane) -> None:
         """A lane waits for a segment and none is free: see that one gets free, or give up."""
         segments = self._ledger.segments
+        if len(segments) - segments.count(State.RETIRED) < LEAST:
+            self._ledger.give_up()
+            return
         if segments.count(State.SEALED) or segments.count(State.CLOSING) or segments.count(State.PREPARED):
             return
         for lane in self.lanes:
