@@ -272,8 +272,10 @@ class FileDisk:
                 self._notes.append(text)
 
     def _forget_ended(self) -> None:
-        self._lost += sum(channel.lost for channel in self._channels if channel.ended)
-        self._channels = [channel for channel in self._channels if not channel.ended]
+        # Asked once each: another thread may end one meanwhile, which is then counted the next time.
+        ended = [channel for channel in self._channels if channel.ended]
+        self._lost += sum(channel.lost for channel in ended)
+        self._channels = [channel for channel in self._channels if channel not in ended]
 
 
 def _tried(way: Callable[[], None]) -> bool:
