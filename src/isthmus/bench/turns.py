@@ -1,7 +1,8 @@
 """`isthmus bench turns`: what a conversation gains from the block store, and what others pay for it.
 
 Turns. One conversation grows turn by turn. Between two turns other prompts push its state off the device and out of
-DRAM (the pool and the arena are smaller than what they leave), so every turn starts from the disk. The same prompts are
+DRAM (the pool and the arena are smaller than what they leave). What was read often may stay in DRAM all the same: the
+result says how many tokens came from which tier. The same prompts are
 asked of a server without a store, whose device forgot them just the same, and of a peer that was restarted in between.
 The time to the first token of turn N is compared; where the state came from is read from the metrics.
 
