@@ -128,7 +128,8 @@ class Settings:
     compile: bool = _setting(
         True, "Engine", "switch",
         "Compile the model's norms and rotations beside the running server, once, with the machine's `g++`, and keep "
-        "them in `<state_dir>/compiled`. Without a compiler, in exact mode and on `cuda` nothing is compiled.",
+        "them in `<state_dir>/compiled`; on `cuda`, use attention kernels and graphs of decode steps. Without a "
+        "compiler and in exact mode nothing is compiled.",
     )  # fmt: skip
     profile_steps: bool = _setting(
         False, "Engine", "switch", "Measure where the time of steps goes (`isthmus_step_seconds`; device `cpu` only)."

@@ -12,11 +12,12 @@ from isthmus.bench.workloads import Workload
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What roofline.py measured. `dtype` is bf16 or f32."""
+    """What roofline.py measured. `dtype` is bf16 or f32; `device` the name of a GPU, empty for the processor."""
 
     bytes_per_s: float
     flops_per_s: float
     dtype: str
+    device: str = ""
 
     @property
     def element_bytes(self) -> int:

@@ -1,7 +1,8 @@
-"""What the machine can do, measured in the same run: `python -m isthmus.bench.roofline THREADS DTYPE` writes one JSON
-object. DTYPE is bf16, f32, or auto for what the engine takes a bfloat16 model in; the object says which.
+"""What the machine can do, measured in the same run: `python -m isthmus.bench.roofline THREADS DTYPE DEVICE` writes one
+JSON object. DTYPE is bf16, f32, or auto for what the engine takes a bfloat16 model in; the object says which.
 
-Bandwidth: the best of several reads of 1 GiB. GEMM: the best of several products of 2048 x 2048 matrices.
+Bandwidth: the best of several reads of 1 GiB. GEMM: the best of several products of 2048 x 2048
+matrices, on a GPU of 8192 x 8192.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 from isthmus.execution.inference.linear.dense import computes_bf16
 
 _ELEMENTS = 1 << 28
-_SIDE = 2048
+_SIDE, _GPU_SIDE = 2048, 8192
 _TIMES = 5
 
 
@@ -32,16 +33,20 @@ def best_seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     """Measure with so many threads."""
     torch.set_num_threads(int(sys.argv[1]))
-    data = torch.ones(_ELEMENTS)
+    dtype, device = sys.argv[2], torch.device(sys.argv[3])
+    on_cpu = device.type == "cpu"
+    data = torch.ones(_ELEMENTS, device=device)
     read = best_seconds(lambda: float(data.sum()))
-    dtype = sys.argv[2]
     if dtype == "auto":
-        dtype = "bf16" if computes_bf16() else "f32"
+        dtype = "bf16" if not on_cpu or computes_bf16() else "f32"
     element = torch.bfloat16 if dtype == "bf16" else torch.float32
-    left, right = (torch.randn(_SIDE, _SIDE).to(element) for _ in range(2))
-    multiply = best_seconds(lambda: left @ right)
-    bandwidth, flops = data.numel() * data.element_size() / read, 2 * _SIDE**3 / multiply
-    print(json.dumps({"bytes_per_s": bandwidth, "flops_per_s": flops, "dtype": dtype}))
+    side = _SIDE if on_cpu else _GPU_SIDE
+    left, right = (torch.randn(side, side, device=device).to(element) for _ in range(2))
+    # One element of the product is read: without it a GPU would only have been told to multiply.
+    multiply = best_seconds(lambda: float((left @ right)[0, 0]))
+    name = "" if on_cpu else torch.cuda.get_device_name(device)
+    bandwidth, flops = data.numel() * data.element_size() / read, 2 * side**3 / multiply
+    print(json.dumps({"bytes_per_s": bandwidth, "flops_per_s": flops, "dtype": dtype, "device": name}))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="auto",
         help="what every engine computes in; auto: bf16, or f32 where this processor has no arithmetic for it [auto]",
     )
+    engine.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<index>; on a GPU without peers [cpu]")
     engine.add_argument("--profile", action="store_true", help="tell where this engine's time goes, by part of a step")
     engine.add_argument("--exact", action="store_true", help="measure this engine's exact mode beside its default")
     engine.add_argument("--folder", type=Path, default=Path("build/bench-model"), help="the model [%(default)s]")

@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and report."""
     if not 1 <= arguments.rounds <= 100 or not 0 < arguments.per_s <= 1000 or not 0 <= arguments.threads <= 1024:
         raise CommandFailed("--rounds is 1 to 100, --per-s up to 1000, --threads 0 to 1024", USAGE)
+    if arguments.device != "cpu" and (arguments.peer or arguments.exact or arguments.profile):
+        raise CommandFailed("the peers, --exact and --profile are for device cpu", USAGE)
     screen = Screen()
     plan = engines.Plan(arguments.workload or workloads.NAMES, arguments.rounds, arguments.seed, arguments.per_s)
     threads = arguments.threads or len(os.sched_getaffinity(0))
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     model.make(arguments.folder, 1, lambda _: None)
     settings = {"workloads": list(plan.workloads), "rounds": plan.rounds, "per_s": plan.per_s, "threads": threads}
     with tempfile.TemporaryDirectory() as work, meters.lock(arguments.folder / ".lock"):
-        machine = _machine(threads, arguments.dtype)
+        machine = _machine(threads, arguments.dtype, arguments.device)
         targets = _targets(arguments, threads, machine.dtype, Path(work))
         settings |= {"dtype": machine.dtype, "pieces": engines.compile_pieces(targets[0], say)}
         head = report.header("engine", plan.seed, settings)
@@ -56,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _machine(threads: int, dtype: str) -> Machine:
+def _machine(threads: int, dtype: str, device: str) -> Machine:
     """Measured in a process of its own: torch stays out of this one."""
-    command = [sys.executable, "-m", "isthmus.bench.roofline", str(threads), dtype]
+    command = [sys.executable, "-m", "isthmus.bench.roofline", str(threads), dtype, device]
     result = subprocess.run(command, capture_output=True, text=True, timeout=_ROOFLINE_TIMEOUT_S, check=False)
     if result.returncode:
         raise CommandFailed(f"the machine's limits could not be measured: {result.stderr[-500:]}")
@@ -70,7 +72,7 @@ def _targets(arguments: argparse.Namespace, threads: int, dtype: str, work: Path
     common = [str(arguments.folder), str(threads), dtype]
     profile = ["--profile-steps"] if arguments.profile else []
     modes = {OURS: profile} | ({"isthmus-exact": ["--exact", *profile]} if arguments.exact else {})
-    large = ["--kv-memory", "1GiB", "--store", "off"]
+    large = ["--kv-memory", "1GiB", "--store", "off", "--device", arguments.device]
     found: list[Target] = [own_server(name, [*large, *flags], common, work) for name, flags in modes.items()]
     for peer in arguments.peer:
         python = _python(peer, arguments.peers_dir)

@@ -102,7 +102,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     `snapshot_hits` counts requests that started from another's state snapshot. `constrained` requests,
     `grammar_refused` of them, restarts of the grammar process, masks it computed and what outputs waited for them
     (seconds, summed). `profile_s`: seconds of steps by part, empty unless the engine profiles itself.
-    `compiled`: the state of compiled pieces (`building`, `ready`, `failed`; empty when none are wanted), and
+    `compiled`: the state of what is compiled (`building`, `ready`, `failed`; empty when nothing is wanted), and
     `compiled_reason` why it is so. `paging`: counts and gauges of loads from the block store and writes to it; empty
     without one.
     """

@@ -80,7 +80,7 @@ class _EngineCollector(Collector):
             parts.add_metric([self._model, part], seconds)
         yield parts
         yield from self._paging()
-        text = "1 for the state that the compiled pieces are in (building, ready, failed), and why."
+        text = "1 for the state of what is compiled for the device (building, ready, failed), and why."
         pieces = GaugeMetricFamily("isthmus_compiled_pieces", text, labels=["model_name", "state", "reason"])
         if self.stats.compiled:
             pieces.add_metric([self._model, self.stats.compiled, self.stats.compiled_reason], 1)

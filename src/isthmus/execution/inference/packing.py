@@ -18,13 +18,12 @@ from isthmus.execution.inference.state_memory import StateMemory
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """A step ready to run. `picked` are the packed rows whose final state is wanted.
+class Wanted:
+    """`picked` are the packed rows whose final state is wanted.
 
     `sampled[i]` and `hidden[i]` say where slice i's rows are in `picked`.
     """
 
-    step: StepTensors
     picked: np.ndarray
     sampled: Sequence[range]
     hidden: Sequence[int | None]
@@ -45,13 +44,13 @@ def with_sampled(batch: Batch, sampled: Mapping[int, int]) -> Batch:
     return Batch(slices)
 
 
-def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory | None = None) -> Packed:
+def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory | None = None) -> StepTensors:
     """Lay the slices out one after the other. Raises `EngineFailed` on a slice that breaks the contract."""
     spans: list[Span] = []
     first = 0
     _check_states(batch, states)
     for part in batch.slices:
-        _check(part, decoder, memory)
+        check_slice(part, decoder, memory)
         spans.append(Span(first, len(part.token_ids), part.start, _rows(part, memory), part.serial))
         first += len(part.token_ids)
     tile = decoder.kernels.row_tile
@@ -61,12 +60,11 @@ def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory |
     for span, part in zip(spans, batch.slices, strict=True):
         tokens[span.first : span.first + span.count] = part.token_ids
         positions[span.first : span.first + span.count] = np.arange(span.start, span.end)
-    if tokens.min() < 0 or tokens.max() >= decoder.config.vocab_size:
-        raise EngineFailed("a token id is outside the vocabulary")
+    check_tokens(tokens, decoder)
     write = np.concatenate([span.rows[span.start :] for span in spans])
     device = memory.rows.device
     index = torch.from_numpy(positions).to(device)
-    step = StepTensors(
+    return StepTensors(
         tokens=torch.from_numpy(tokens).to(device),
         cos=decoder.cos.index_select(0, index),
         sin=decoder.sin.index_select(0, index),
@@ -76,7 +74,6 @@ def pack(batch: Batch, decoder: Decoder, memory: KvMemory, states: StateMemory |
         states=_states(batch, spans, decoder, states),
         arrivals=[part.arrivals for part in batch.slices if part.arrivals is not None],
     )
-    return Packed(step, *_wanted(batch, spans))
 
 
 def _states(batch: Batch, spans: Sequence[Span], decoder: Decoder, memory: StateMemory | None) -> StepStates | None:
@@ -93,32 +90,46 @@ def _states(batch: Batch, spans: Sequence[Span], decoder: Decoder, memory: State
     return StepStates(memory, plan_delta(wanted, memory.shape.history, memory.device, cells=cells))
 
 
-def _wanted(batch: Batch, spans: Sequence[Span]) -> tuple[np.ndarray, list[range], list[int | None]]:
+def wanted_rows(batch: Batch) -> Wanted:
     """Rows whose final state is needed, and where each slice finds its own."""
+    end = 0
     picked: list[int] = []
     sampled: list[range] = []
     hidden: list[int | None] = []
-    for span, part in zip(spans, batch.slices, strict=True):
-        last = span.first + span.count - 1
+    for part in batch.slices:
+        end += len(part.token_ids)
+        last = end - 1
         count = 0 if part.sample is None else part.drafts + 1
         sampled.append(range(len(picked), len(picked) + count))
         picked.extend(range(last - count + 1, last + 1))
         hidden.append(None if not part.hidden else len(picked) - 1 if count else len(picked))
         if part.hidden and not count:
             picked.append(last)
-    return np.array(picked, np.int64), sampled, hidden
+    return Wanted(np.array(picked, np.int64), sampled, hidden)
 
 
 def _rows(part: SequenceSlice, memory: KvMemory) -> np.ndarray:
     """The K row in layer 0 of each position [0, end)."""
-    size = memory.block_tokens
-    blocks = np.asarray(part.blocks[: -(-part.end // size)], np.int64)
-    rows = blocks[:, None] * memory.block_rows + np.arange(size)
-    return rows.reshape(-1)[: part.end]
+    return block_rows_of(part.blocks[: -(-part.end // memory.block_tokens)], memory)[: part.end]
 
 
-def _check(part: SequenceSlice, decoder: Decoder, memory: KvMemory) -> None:
-    """The scheduler's side of the contract; a breach must not read or write memory of another request."""
+def block_rows_of(blocks: Sequence[int], memory: KvMemory) -> np.ndarray:
+    """The K row in layer 0 of each token of the blocks, in order."""
+    starts = np.asarray(blocks, np.int64)[:, None] * memory.block_rows
+    return (starts + np.arange(memory.block_tokens)).reshape(-1)
+
+
+def check_tokens(tokens: np.ndarray, decoder: Decoder) -> None:
+    """Raises `EngineFailed` on one that the model does not know."""
+    if tokens.min() < 0 or tokens.max() >= decoder.config.vocab_size:
+        raise EngineFailed("a token id is outside the vocabulary")
+
+
+def check_slice(part: SequenceSlice, decoder: Decoder, memory: KvMemory) -> None:
+    """The scheduler's side of the contract; a breach must not read or write memory of another request.
+
+    Raises `EngineFailed`.
+    """
     count = len(part.token_ids)
     covered = -(-part.end // memory.block_tokens)
     if count < 1 or part.start < 0 or part.end > decoder.cos.shape[0] or len(part.blocks) < covered:

@@ -7,8 +7,10 @@ next step can be scheduled meanwhile. A step that raises fails its handle with `
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from isthmus.contracts.blocks import RecordKind
@@ -17,12 +19,15 @@ from isthmus.contracts.errors import ConfigInvalid, EngineFailed, InvalidInput, 
 from isthmus.contracts.events import ModelInfo, StateInfo
 from isthmus.contracts.layout import BlockFormat, Codec, Dtype, StateFormat
 from isthmus.execution.inference.attention.gathered import GatheredAttention
+from isthmus.execution.inference.attention.paged import PagedKernel
 from isthmus.execution.inference.batch import Batch, SliceResult, StepHandle, StepResult
 from isthmus.execution.inference.compiled.service import Compiled, CompiledState, open_compiled
 from isthmus.execution.inference.compiled.spec import this_machine
 from isthmus.execution.inference.cores import choose_threads
 from isthmus.execution.inference.exact import exact_kernels
 from isthmus.execution.inference.exact_proof import exact_arithmetic, prove_exact
+from isthmus.execution.inference.gpu import Accelerator, GpuPath, add_graphs, open_gpu
+from isthmus.execution.inference.graphs import CudaCapture
 from isthmus.execution.inference.heap import available_bytes
 from isthmus.execution.inference.host_memory import HostMemory
 from isthmus.execution.inference.kv_memory import KvMemory
@@ -33,7 +38,7 @@ from isthmus.execution.inference.models.delta_plan import GRID_TOKENS
 from isthmus.execution.inference.models.families import tensor_layout
 from isthmus.execution.inference.models.pieces import eager_pieces
 from isthmus.execution.inference.models.step import Kernels, rms_norm, swiglu
-from isthmus.execution.inference.packing import pack, with_sampled
+from isthmus.execution.inference.packing import pack, wanted_rows, with_sampled
 from isthmus.execution.inference.profile import SAMPLING, StepProfile, profiled
 from isthmus.execution.inference.sampler.sampler import Sampler
 from isthmus.execution.inference.settings import EngineSettings
@@ -96,9 +101,11 @@ class TorchRunner:
         states: StateMemory | None = None,
         profile: StepProfile | None = None,
         compiled: Compiled | None = None,
+        gpu: GpuPath | None = None,
     ) -> None:
         self.profile = profile or StepProfile()
         self.compiled = compiled
+        self._gpu = gpu
         self._threads = threads
         self._states = states
         self._decoder = decoder
@@ -118,9 +125,9 @@ class TorchRunner:
         return _Step(self._worker.submit(self._run, batch))
 
     def compiled_state(self) -> tuple[str, str]:
-        """State and reason of the compiled pieces, for `EngineStats`. Has a build that ended taken up between steps."""
+        """State and reason of what is compiled, for `EngineStats`. Has a build that ended taken up between steps."""
         if self.compiled is None:
-            return "", ""
+            return ("", "") if self._gpu is None else (self._gpu.state, self._gpu.reason)
         if self.compiled.state is CompiledState.BUILDING:
             self._worker.submit(self.compiled.poll)
         return self.compiled.told()
@@ -176,23 +183,16 @@ class TorchRunner:
         # In exact mode never: how work is split over threads is part of what the self-test proved.
         small = not self._info.exact and self._info.parameters * batch.tokens < SMALL_STEP
         torch.set_num_threads(1 if small else self._threads)
-        packed = pack(batch, self._decoder, self._memory, self._states)
-        hidden = self._decoder.forward(packed.step, self._memory)
-        if not packed.picked.size:
-            return StepResult([SliceResult() for _ in batch.slices])
-        index = torch.from_numpy(packed.picked).to(hidden.device)
-        count, tile = index.numel(), self._decoder.kernels.row_tile
-        rows = hidden.index_select(0, index)
-        if count % tile:
-            rows = torch.cat((rows, rows.new_zeros(tile - count % tile, rows.shape[1])))
-        final = self._decoder.finish(rows)
-        if all(part.sample is None for part in batch.slices):
-            results = [SliceResult() for _ in batch.slices]
-        else:
-            logits = self._decoder.head(final)[:count].float()
+        wanted = wanted_rows(batch)
+        output = self._output(batch, wanted.picked)
+        results = [SliceResult() for _ in batch.slices]
+        if output is None:
+            return StepResult(results)
+        final, logits = output
+        if logits is not None:
             with self.profile.part(SAMPLING):
-                results = self.sampler.sample(logits, batch.slices, packed.sampled)
-        for place, (result, row) in enumerate(zip(results, packed.hidden, strict=True)):
+                results = self.sampler.sample(logits, batch.slices, wanted.sampled)
+        for place, (result, row) in enumerate(zip(results, wanted.hidden, strict=True)):
             if row is not None:
                 state = final[row].float().cpu().numpy().astype("<f4").tobytes()
                 results[place] = SliceResult(
@@ -200,9 +200,27 @@ class TorchRunner:
                 )
         return StepResult(results)
 
+    def _output(self, batch: Batch, picked: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Final hidden states of the picked rows, if there are any, and logits, if some slice is sampled."""
+        sampling = any(part.sample is not None for part in batch.slices)
+        replayed = None if self._gpu is None or self._gpu.graphs is None else self._gpu.graphs.run(batch)
+        if replayed is not None:
+            index = torch.from_numpy(picked).to(replayed.final.device)
+            return replayed.final.index_select(0, index), replayed.logits.index_select(0, index) if sampling else None
+        hidden = self._decoder.forward(pack(batch, self._decoder, self._memory, self._states), self._memory)
+        if not picked.size:
+            return None
+        rows = hidden.index_select(0, torch.from_numpy(picked).to(hidden.device))
+        tile = self._decoder.kernels.row_tile
+        if picked.size % tile:
+            rows = torch.cat((rows, rows.new_zeros(tile - picked.size % tile, rows.shape[1])))
+        final = self._decoder.finish(rows)
+        return final, self._decoder.head(final)[: picked.size].float() if sampling else None
 
-def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
-    """Load the model and make its runner. `progress` is told stages with fractions from 0 to 1.
+
+def open_runner(settings: EngineSettings, progress: Progress, accelerator: Accelerator | None = None) -> TorchRunner:
+    """Load the model and make its runner. `progress` is told stages with fractions from 0 to 1; `accelerator` stands
+    for the one that the device has (in tests: a GPU has one, a CPU none).
 
     Raises `ModelInvalid` for a bad folder, `ConfigInvalid` for settings that do not fit the model or the machine, and
     `ExactUnavailable` when exact mode's self-test fails.
@@ -223,15 +241,20 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         precise=layout.precise,
         ignored_prefix=layout.ignored_prefix,
     )
-    kernels = exact_kernels() if settings.exact else default_kernels(device, dtype, settings.kv_bytes // COPIES_SHARE)
-    profile = StepProfile()
-    if settings.profile:
-        kernels = profiled(kernels, profile)
+    profile, gpu = StepProfile(), None
+    kernels = _kernels(settings, device, dtype, profile)
     positions = _max_model_len(settings, config)
     with torch.inference_mode():
         memory = _memory(settings, config, dtype, device, weights.digest)
         states = _state_memory(settings, config, device, weights.digest)
+        accelerator = accelerator or _accelerator(settings, device)
+        if accelerator is not None:
+            gpu = open_gpu(accelerator.make, kernels.attention, memory, config)
+            kernels = dataclasses.replace(kernels, attention=gpu.attention(kernels.attention))
         decoder = Decoder(config, layout, weights.tensors, kernels, positions=positions, device=device)
+        if accelerator is not None and gpu is not None:
+            most, told = settings.scheduler.max_running, partial(progress, "capturing decode graphs")
+            add_graphs(gpu, decoder, memory, most=most, capture=accelerator.capture, progress=told)
     arithmetic = exact_arithmetic(this_machine(), threads) if settings.exact else ""
     info = ModelInfo(
         name=settings.name,
@@ -255,7 +278,7 @@ def open_runner(settings: EngineSettings, progress: Progress) -> TorchRunner:
         arithmetic=arithmetic,
     )
     compiled = open_compiled(settings, decoder, SystemClock()) if device.type == "cpu" else None
-    runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile, compiled=compiled)
+    runner = TorchRunner(decoder, memory, info, threads, states=states, profile=profile, compiled=compiled, gpu=gpu)
     if settings.exact:
         try:
             progress("proving exactness", 0.0)
@@ -276,6 +299,25 @@ def default_kernels(device: torch.device, dtype: torch.dtype, copies_bytes: int 
     """The fastest kernels in plain PyTorch for a device; see `GatheredAttention` for `copies_bytes`."""
     linear, attention = dense_linear(device, dtype), GatheredAttention(copies_bytes)
     return Kernels(linear, attention, rms_norm, swiglu, row_tile=1, pieces=eager_pieces(rms_norm))
+
+
+def _kernels(settings: EngineSettings, device: torch.device, dtype: torch.dtype, profile: StepProfile) -> Kernels:
+    kernels = exact_kernels() if settings.exact else default_kernels(device, dtype, settings.kv_bytes // COPIES_SHARE)
+    return profiled(kernels, profile) if settings.profile else kernels
+
+
+def _accelerator(settings: EngineSettings, device: torch.device) -> Accelerator | None:
+    """What the device has beyond the plain path, if it is wanted."""
+    if device.type != "cuda" or settings.compiled == "off":
+        return None
+    return Accelerator(partial(_triton_kernel, device), CudaCapture())
+
+
+def _triton_kernel(device: torch.device) -> PagedKernel:
+    """Raises `ImportError` without Triton, which only torch's CUDA builds bring."""
+    from isthmus.execution.inference.attention.paged_launch import TritonKernel
+
+    return TritonKernel(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _device(settings: EngineSettings) -> torch.device:

@@ -62,7 +62,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     pool's memory, `state_bytes` that of the recurrent states of a hybrid model (others take none). `max_model_len` 0
     means the model's own limit. `threads` 0: see cores.py. `profile`: tell where the time of
     steps goes (profile.py). `compiled`: `auto` compiles the pointwise pieces beside the running engine (on a CPU, not
-    in exact mode) and keeps them in `compiled_dir` (compiled/); `off` does not.
+    in exact mode) and keeps them in `compiled_dir` (compiled/), and on a GPU uses its kernels and graphs (gpu.py);
+    `off` does neither.
     """
 
     model: str
