@@ -111,7 +111,8 @@ class TorchRunner:
         self._decoder = decoder
         self._memory = memory
         self._info = info
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="isthmus-step")
+        use = partial(_use, memory.rows.device)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="isthmus-step", initializer=use)
         self.sampler = Sampler()
         self._sampled: dict[int, int] = {}
 
@@ -306,10 +307,17 @@ def _kernels(settings: EngineSettings, device: torch.device, dtype: torch.dtype,
     return profiled(kernels, profile) if settings.profile else kernels
 
 
+def _use(device: torch.device) -> None:
+    """Have this thread's kernels and captures go to the device; a thread begins with the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _accelerator(settings: EngineSettings, device: torch.device) -> Accelerator | None:
-    """What the device has beyond the plain path, if it is wanted."""
+    """What the device has beyond the plain path, if it is wanted; this thread is set to the device."""
     if device.type != "cuda" or settings.compiled == "off":
         return None
+    _use(device)
     return Accelerator(partial(_triton_kernel, device), CudaCapture())
 
 
