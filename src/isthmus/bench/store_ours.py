@@ -45,10 +45,8 @@ from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import StoreError, StoreUnavailable
 from isthmus.contracts.keys import KEY_BYTES, BlockKey
 from isthmus.state.kv.arena import arena as arena_module
-from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.client import open_client
 from isthmus.state.kv.daemon import run_daemon
-from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.io.disk import open_disk
 from isthmus.state.kv.lanepool import ClientSettings
 from isthmus.state.kv.log import reader as reader_module
@@ -58,7 +56,6 @@ from isthmus.state.kv.log.records import LogRead, LogRecord
 from isthmus.state.kv.log.settings import LogSettings
 from isthmus.state.kv.settings import DaemonSettings, StoreSettings
 from isthmus.state.kv.store import Store, open_store
-from isthmus.state.kv.writing import SLICE_BYTES
 
 CHUNKS = 16
 LOG_SHARE = 3
@@ -200,29 +197,24 @@ class Tiered(Ported):
 
 
 class Logged:
-    """The log alone."""
+    """The log alone. `verified`: it makes the digests; if not they are zeros."""
 
-    def __init__(self, log: SegmentLog, digests: Callable[[memoryview, int], bytes], *, each: bool) -> None:
-        self._log, self._digests, self._each = log, digests, each
+    def __init__(self, log: SegmentLog, *, verified: bool, each: bool) -> None:
+        self._log, self._verified, self._each = log, verified, each
 
     def prepare(self, record: Record) -> tuple[Record, Want]:
         """See `Measured`."""
         return record, Want(BlockKey(record.key), shape_of(record), record.target)
 
     def put(self, batch: Sequence[tuple[Record, Want]]) -> None:
-        """See `Measured`. Slice by slice, as the store does, so that one is written while the next is hashed."""
-        step = max(1, SLICE_BYTES // len(batch[0][0].source))
-        for first in range(0, len(batch), step):
-            part = batch[first : first + step]
-            records = together(self._record, part, sum(len(record.source) for record, _ in part))
-            expect(self._log.append(records, WAIT_S), Reason.STORED)
+        """See `Measured`."""
+        expect(self._log.append([self._record(*item) for item in batch], WAIT_S), Reason.STORED)
         if self._each:
             self.settle()
 
-    def _record(self, item: tuple[Record, Want]) -> LogRecord:
-        record, shape = item[0], item[1].shape
-        digests = self._digests(record.source, shape.chunk_bytes)
-        return LogRecord(record.key, None, OWNER, shape, Lifetime.SESSION, digests, record.source)
+    def _record(self, record: Record, want: Want) -> LogRecord:
+        digests = b"" if self._verified else _zeros(record.source, want.shape.chunk_bytes)
+        return LogRecord(record.key, None, OWNER, want.shape, Lifetime.SESSION, digests, record.source)
 
     def settle(self) -> None:
         """See `Measured`."""
@@ -342,8 +334,8 @@ def make(making: Making, memory: Memory) -> Measured:
         settings = msgspec.structs.replace(making.arena, path=str(making.path), log=making.log)
         return _filled(Tiered(open_store(settings, clock, entropy)), memory, making.log.capacity)
     disk = open_disk(making.path, capacity=making.log.capacity, create=True, backend="auto")
-    digests = _zeros if unverified else digests_of
-    log = Logged(open_log(disk, making.log, clock, entropy), digests, each=kind == "log-durable")
+    opened = open_log(disk, making.log, clock, entropy)
+    log = Logged(opened, verified=not unverified, each=kind == "log-durable")
     return _filled(log, memory, making.log.capacity)
 
 

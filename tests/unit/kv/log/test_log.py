@@ -1,6 +1,7 @@
 """The segment log from outside: what it takes in, when it is visible and durable, what it evicts."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from tests.support.logs import (
@@ -22,7 +23,7 @@ from isthmus.contracts.blocks import MAX_BATCH, Lifetime, Outcome, Owner, Reason
 from isthmus.contracts.errors import InvalidInput, TooLarge
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.log.format import SECTOR, record_span
-from isthmus.state.kv.log.records import Location, LogRead, LogRecord
+from isthmus.state.kv.log.records import Location, LogRead, LogRecord, Verified
 from isthmus.state.kv.log.segments import State
 
 
@@ -87,6 +88,41 @@ def test_a_record_larger_than_an_extent_is_one_by_itself() -> None:
     for one in records_of(world):
         assert read(world.log, one) == (Outcome(Reason.HIT, Tier.NVME), bytes(one.payload))
     assert read(world.log, large, 2, 2)[1] == bytes(large.payload)[EXTENT : 2 * EXTENT]
+
+
+@pytest.mark.parametrize(("size", "chunks"), [(500, 1), (3000, 5), (EXTENT // 2, 5), (EXTENT + 700, 2)])
+def test_digests_that_are_not_given_are_those_of_the_copy(size: int, chunks: int) -> None:
+    """Also of chunks that lie in two buffers."""
+    world = World()
+    one = record(key_of(1), size, chunks=chunks)
+    world.put(record(key_of(0)), replace(one, digests=b""), record(key_of(2)))
+    world.settle()
+    assert one.digests in bytes(world.disk.view)
+    assert read(world.log, one) == (Outcome(Reason.HIT, Tier.NVME), bytes(one.payload))
+    assert world.log.verify() == Verified(good=3)
+
+
+def test_what_leaves_no_room_for_another_like_it_is_written_at_once() -> None:
+    world = World()
+    world.put(record(key_of(0)))
+    world.settle()
+    large, now = record(key_of(1), EXTENT // 2), world.clock.monotonic()
+    world.put(large)
+    while world.log.step():
+        pass
+    assert world.log.locate([large.key]) != [None]
+    assert world.clock.monotonic() == now
+
+
+def test_the_next_segment_is_ready_before_it_is_needed() -> None:
+    world = World(commit_s=60.0, commit_bytes=SEGMENT * 8)
+    size = EXTENT - 1000
+    world.put(record(key_of(0), size))
+    world.settle()
+    world.put(*[record(key_of(number), size) for number in (1, 2)])
+    world.run(0.1)
+    segments = world.log.stats().segments
+    assert (segments["open"], segments["ready"], segments["prepared"]) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("room", [0, 64])
@@ -309,7 +345,7 @@ def test_describe_scan_and_verify() -> None:
 
 def test_bad_input_names_the_field() -> None:
     one = record(key_of(1))
-    for changed, field in (({"key": b"short"}, "key"), ({"parent": b"x"}, "parent"), ({"digests": b""}, "digests")):
+    for changed, field in (({"key": b"short"}, "key"), ({"parent": b"x"}, "parent"), ({"digests": b"x"}, "digests")):
         values = {"key": one.key, "parent": None, "owner": one.owner, "shape": one.shape, "lifetime": one.lifetime}
         values |= {"digests": one.digests, "payload": one.payload, **changed}
         with pytest.raises(InvalidInput) as raised:

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from isthmus.contracts.blocks import RecordKind, Shape
 from isthmus.state.kv.log.format import SECTOR, payload_offset
-from isthmus.state.kv.log.plan import GAP_BYTES, NEAR_BYTES, Range, plan, ranges_of, slack_of
+from isthmus.state.kv.log.plan import (
+    GAP_BYTES,
+    LEAST_WINDOW,
+    NEAR_BYTES,
+    SHARES,
+    Range,
+    plan,
+    ranges_of,
+    slack_of,
+    window_of,
+)
 
 
 @given(
@@ -29,6 +39,15 @@ def test_every_byte_comes_once(wanted: list[tuple[int, int]], window_bytes: int)
         parts = sorted(brought[one.index])
         assert (parts[0][0], parts[-1][1]) == (one.offset, one.end)
         assert all(before[1] == after[0] for before, after in itertools.pairwise(parts))
+
+
+@given(st.integers(0, 1 << 31), st.sampled_from([2 * SECTOR, LEAST_WINDOW, 4 * LEAST_WINDOW]))
+def test_long_batches_have_long_windows_and_several(total: int, most: int) -> None:
+    window = window_of(total, most)
+    assert window % SECTOR == 0
+    assert 0 < window <= most
+    assert window == min(most, LEAST_WINDOW) or window * SHARES <= total
+    assert window_of(SHARES * most, most) == most
 
 
 def test_neighbours_are_read_together() -> None:

@@ -4,6 +4,8 @@ A piece is hashed right after it was copied, while it is in the processor's cach
 beside the copy. Large copies and digests let other threads run meanwhile; what is larger still is shared with one.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import xxhash
 
@@ -40,6 +42,15 @@ def copy(source: memoryview, target: memoryview) -> None:
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
+def copy_digest(pieces: Iterable[tuple[memoryview, memoryview]]) -> bytes:
+    """Copy the pieces of one chunk, each to where it goes; the digest of what lies there afterwards."""
+    hasher = xxhash.xxh3_128()
+    for source, target in pieces:
+        copy(source, target)
+        hasher.update(target)
+    return hasher.digest()
+
+
 def _copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
     size = len(source)
     digest = xxhash.xxh3_128_digest
@@ -56,13 +67,9 @@ def _copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> b
             found += [digest(target[at : at + chunk_bytes]) for at in range(start, end, chunk_bytes)]
         return b"".join(found)
     for first in range(0, size, chunk_bytes):
-        hasher = xxhash.xxh3_128()
         last = first + chunk_bytes
-        for start in range(first, last, PIECE_BYTES):
-            end = min(start + PIECE_BYTES, last)
-            np.copyto(here[start:end], there[start:end])
-            hasher.update(target[start:end])
-        found.append(hasher.digest())
+        spans = [slice(start, min(start + PIECE_BYTES, last)) for start in range(first, last, PIECE_BYTES)]
+        found.append(copy_digest((source[span], target[span]) for span in spans))
     return b"".join(found)
 
 

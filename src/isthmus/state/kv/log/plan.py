@@ -17,6 +17,9 @@ NEAR_BYTES = 64 << 10
 GAP_BYTES = 16 << 10
 """Ranges of different records are read together when at most so much lies between them."""
 SLACK_PART = 16
+LEAST_WINDOW = 2 << 20
+SHARES = 16
+"""Windows that a batch is cut into at least, unless they would be shorter than `LEAST_WINDOW`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,13 @@ def ranges_of(index: int, start: int, shape: Shape, first_chunk: int, count: int
     if begin - (start + head) <= NEAR_BYTES:
         return [Range(index, start, end)]
     return [Range(index, start, start + head), Range(index, begin, end)]
+
+
+def window_of(total: int, most: int) -> int:
+    """How long the windows of a batch of `total` bytes are: at most `most`, and as long as leaves enough of them
+    to have some in flight while others are copied; for what a read costs beside its bytes is then paid less often.
+    """
+    return min(most, max(LEAST_WINDOW, total // SHARES // SECTOR * SECTOR))
 
 
 def slack_of(window_bytes: int) -> int:

@@ -25,7 +25,7 @@ from isthmus.state.kv.log.format import (
     digests_good,
     payload_offset,
 )
-from isthmus.state.kv.log.plan import Range, Window, plan, ranges_of, slack_of
+from isthmus.state.kv.log.plan import Range, Window, plan, ranges_of, slack_of, window_of
 
 _LEAST_FLYING = 2
 
@@ -141,7 +141,8 @@ class BatchReader:
 
     def run(self, tasks: Sequence[Task], clock: Clock, deadline: float) -> None:
         """Read all of them: every one has a reason afterwards."""
-        windows = plan([one for index, task in enumerate(tasks) for one in task.ranges(index)], self._size)
+        ranges = [one for index, task in enumerate(tasks) for one in task.ranges(index)]
+        windows = plan(ranges, window_of(sum(one.end - one.offset for one in ranges), self._size))
         flying: dict[int, tuple[Window, memoryview]] = {}
         try:
             self._read(tasks, windows, flying, clock, deadline)

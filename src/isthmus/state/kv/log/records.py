@@ -20,8 +20,8 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class LogRecord:
-    """A record to append. `digests`: of each chunk of `payload`, one after the other (hashing.py). `hits`: how often it
-    was read so far, for admission.
+    """A record to append. `digests`: of each chunk of `payload`, one after the other (hashing.py); none: the log makes
+    them of its own copy, while it copies. `hits`: how often it was read so far, for admission.
     """
 
     key: bytes
@@ -36,8 +36,8 @@ class LogRecord:
     def __post_init__(self) -> None:
         if len(self.key) != KEY_BYTES or (self.parent is not None and len(self.parent) != KEY_BYTES):
             raise InvalidInput(f"a key has {KEY_BYTES} bytes", "key")
-        if len(self.digests) != DIGEST_BYTES * self.shape.chunks:
-            raise InvalidInput(f"a record has {DIGEST_BYTES} bytes of digest for each chunk", "digests")
+        if self.digests and len(self.digests) != DIGEST_BYTES * self.shape.chunks:
+            raise InvalidInput(f"a record has {DIGEST_BYTES} bytes of digest for each chunk, or none", "digests")
         if self.payload.nbytes != self.shape.record_bytes or not self.payload.contiguous:
             raise InvalidInput(f"the payload is {self.shape.record_bytes} bytes in a row", "payload")
 

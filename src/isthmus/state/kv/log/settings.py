@@ -32,8 +32,8 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A group commit begins when either is over."""
     queue_depth: int = 8
     """Writes in flight."""
-    read_bytes: int = 2 * _MIB
-    """The longest single read, but for a sixteenth more where that ends a record."""
+    read_bytes: int = 4 * _MIB
+    """The longest single read, but for a sixteenth more where that ends a record; of small batches half of that."""
     read_depth: int = 8
     """Buffers for the reads of one batch. Half of them are in flight while others are copied from."""
     readers: int = 2

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from isthmus.state.kv.arena.copying import PART_BYTES, copy
+from isthmus.state.kv.arena.copying import PART_BYTES, copy, copy_digest, copy_digests
 from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.log.format import (
@@ -23,7 +23,6 @@ from isthmus.state.kv.log.format import (
     ENTRY,
     EXTENT_HEADER,
     RAW,
-    RECORD_HEADER,
     ROW,
     SLOT,
     SURVIVORS,
@@ -177,7 +176,8 @@ class Staging:
         extent.used += span
         extent.last_sequence = header.sequence
         extent.copying += 1
-        if extent.used + RECORD_HEADER > self._size:
+        if extent.used + span > self._size:
+            # The next one is probably as long: why let the disk wait until it comes.
             self.close(lane)
         return Slot(extent, start)
 
@@ -195,15 +195,20 @@ class Staging:
         return extent
 
     def fill(self, slot: Slot, header: RecordHeader, digests: bytes, payload: memoryview) -> None:
-        """Copy a record to its room. Needs no lock: nobody else writes there."""
+        """Copy a record to its room; digests that are not given are made of the copy. Needs no lock: nobody else writes
+        there.
+        """
         views, start = slot.extent.buffers, slot.start
         shape = header.shape
-        head = encode_record(header, digests) + digests
         at = start + payload_offset(shape.chunks)
+        end = at + shape.record_bytes
+        if digests:
+            _scatter(views, at, payload)
+        else:
+            digests = _scatter_hashed(views, at, payload, shape.chunk_bytes)
+        head = encode_record(header, digests) + digests
         views[0][start : start + len(head)] = head
         _scatter(views, start + len(head), memoryview(bytes(at - start - len(head))))
-        _scatter(views, at, payload)
-        end = at + shape.record_bytes
         _scatter(views, end, memoryview(bytes(start + header.span - end)))
 
     def close(self, lane: int) -> None:
@@ -239,8 +244,25 @@ class Staging:
 
 def _scatter(views: list[memoryview], at: int, data: memoryview) -> None:
     """Copy `data` to the place `at` of several equal views that stand for one."""
+    most = PART_BYTES if len(data) >= 2 * PART_BYTES else len(views[0])
+    together(lambda piece: copy(*piece), _pieces(views, at, data, most), len(data))
+
+
+def _scatter_hashed(views: list[memoryview], at: int, data: memoryview, chunk_bytes: int) -> bytes:
+    """As `_scatter`; the digests of the chunks as they lie there now, one after the other."""
+    if at + len(data) <= len(views[0]):
+        return copy_digests(data, views[0][at : at + len(data)], chunk_bytes)
+
+    def chunk(begin: int) -> bytes:
+        # Not in pieces for the core's cache: between two of them the interpreter's lock has to be got back.
+        return copy_digest(_pieces(views, at + begin, data[begin : begin + chunk_bytes], PART_BYTES))
+
+    return b"".join(together(chunk, range(0, len(data), chunk_bytes), len(data)))
+
+
+def _pieces(views: list[memoryview], at: int, data: memoryview, most: int) -> list[tuple[memoryview, memoryview]]:
+    """Pieces of `data` of at most `most` bytes, each with where it goes from the place `at` of the views on."""
     size = len(views[0])
-    most = PART_BYTES if len(data) >= 2 * PART_BYTES else size
     pieces: list[tuple[memoryview, memoryview]] = []
     done, total = 0, len(data)
     while done < total:
@@ -248,4 +270,4 @@ def _scatter(views: list[memoryview], at: int, data: memoryview) -> None:
         part = min(size - inside, total - done, most)
         pieces.append((data[done : done + part], views[number][inside : inside + part]))
         done += part
-    together(lambda piece: copy(*piece), pieces, total)
+    return pieces

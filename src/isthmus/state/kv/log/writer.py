@@ -36,6 +36,9 @@ from isthmus.state.kv.log.segments import LEAST, RESERVED, Segment, State
 from isthmus.state.kv.log.settings import LogSettings
 from isthmus.state.kv.log.staging import Extent
 
+_SOON_PART = 4
+"""The last part of a segment: when it is begun, the next segment should be ready."""
+
 _ORDER = (SURVIVORS, *range(SURVIVORS))
 
 
@@ -212,6 +215,7 @@ class Writer:
         for number in _ORDER:
             lane = self.lanes[number]
             if lane.next is not None:
+                self._hurry(lane.open, lane.next)
                 continue
             waits = lane.open is None and bool(self._ledger.staging.queues[number])
             half = lane.open is not None and lane.open.end > lane.open.size // 2
@@ -227,6 +231,12 @@ class Writer:
             elif waits:
                 self._stuck(lane)
         return taken
+
+    def _hurry(self, last: Segment | None, following: Segment) -> None:
+        """Have a header synced before its segment is needed: who waits for a sync writes nothing."""
+        written = following.state is State.PREPARED and following.ticket > 0
+        if written and last is not None and last.end > last.size - last.size // _SOON_PART:
+            self._ledger.urgent = True
 
     def _stuck(self, waiting: Lane) -> None:
         """A lane waits for a segment and none is free: see that one gets free, or give up."""
