@@ -13,6 +13,7 @@ comes from the log, for the arena was emptied.
 here its functions that hash are replaced.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -45,7 +46,7 @@ from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import StoreError, StoreUnavailable
 from isthmus.contracts.keys import KEY_BYTES, BlockKey
 from isthmus.state.kv.arena import arena as arena_module
-from isthmus.state.kv.arena.crew import together
+from isthmus.state.kv.arena.crew import Crew, crew_for
 from isthmus.state.kv.client import open_client
 from isthmus.state.kv.daemon import run_daemon
 from isthmus.state.kv.hashing import digests_of
@@ -202,8 +203,8 @@ class Tiered(Ported):
 class Logged:
     """The log alone."""
 
-    def __init__(self, log: SegmentLog, digests: Callable[[memoryview, int], bytes], *, each: bool) -> None:
-        self._log, self._digests, self._each = log, digests, each
+    def __init__(self, log: SegmentLog, crew: Crew, digests: Callable[[memoryview, int], bytes], *, each: bool) -> None:
+        self._log, self._crew, self._digests, self._each = log, crew, digests, each
 
     def prepare(self, record: Record) -> tuple[Record, Want]:
         """See `Measured`."""
@@ -214,7 +215,7 @@ class Logged:
         step = max(1, SLICE_BYTES // len(batch[0][0].source))
         for first in range(0, len(batch), step):
             part = batch[first : first + step]
-            records = together(self._record, part, sum(len(record.source) for record, _ in part))
+            records = self._crew.together(self._record, part, sum(len(record.source) for record, _ in part))
             expect(self._log.append(records, WAIT_S), Reason.STORED)
         if self._each:
             self.settle()
@@ -260,12 +261,14 @@ def _zeros(data: memoryview, chunk_bytes: int) -> bytes:
     return bytes(len(data) // chunk_bytes * DIGEST_BYTES)
 
 
-def _copy_zeros(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
+def _copy_zeros(source: memoryview, target: memoryview, chunk_bytes: int, _: Crew | None = None) -> bytes:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
     return _zeros(source, chunk_bytes)
 
 
-def _copy_believed(source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes) -> bool:
+def _copy_believed(
+    source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes, _: Crew | None = None
+) -> bool:
     return _copy_zeros(source, target, chunk_bytes) == digests
 
 
@@ -343,7 +346,8 @@ def make(making: Making, memory: Memory) -> Measured:
         return _filled(Tiered(open_store(settings, clock, entropy)), memory, making.log.capacity)
     disk = open_disk(making.path, capacity=making.log.capacity, create=True, backend="auto")
     digests = _zeros if unverified else digests_of
-    log = Logged(open_log(disk, making.log, clock, entropy), digests, each=kind == "log-durable")
+    crew = crew_for(len(os.sched_getaffinity(0)))
+    log = Logged(open_log(disk, making.log, clock, entropy, crew=crew), crew, digests, each=kind == "log-durable")
     return _filled(log, memory, making.log.capacity)
 
 

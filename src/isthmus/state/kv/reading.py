@@ -14,7 +14,6 @@ from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.arena.copying import flat
-from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.leases import Granted, LeaseTable
 from isthmus.state.kv.log.records import Location, LogRead
@@ -157,7 +156,7 @@ class Reader:
             late = self._parts.clock.monotonic() >= deadline
             return Outcome(Reason.LATE) if late else self._from_arena(lease, want)
 
-        found_above = together(above, wants, sum(want.into.nbytes for want in wants))
+        found_above = self._parts.crew.together(above, wants, sum(want.into.nbytes for want in wants))
         below = [at for at, one in enumerate(found_above) if one is None or one.reason is Reason.CORRUPT]
         outcomes = [one or Outcome(Reason.ABSENT) for one in found_above]
         if below and self._parts.log is not None:

@@ -12,6 +12,7 @@ before a restart) and the log's copy is tried;
 Safe to call from several threads. No lock is held while bytes are copied, hashed, read or written.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,7 @@ from isthmus.contracts.blocks import (
 from isthmus.contracts.clock import Clock, Entropy
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Arena
+from isthmus.state.kv.arena.crew import crew_for
 from isthmus.state.kv.arena.memory import create_arena
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.counting import Counts
@@ -183,18 +185,20 @@ def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy, *, calls
     with ExitStack() as stack:
         memory = create_arena(settings.arena_bytes, settings.region_bytes)
         stack.callback(memory.close)
+        crew = crew_for(len(os.sched_getaffinity(0)))
+        stack.callback(crew.close)
         disk: Disk | None = None
         log: SegmentLog | None = None
         if settings.path and settings.log is not None:
             path, capacity = Path(settings.path), settings.log.capacity
             disk = open_disk(path, capacity=capacity, create=True, backend=settings.disk_backend, calls=calls)
             stack.callback(disk.close)
-            log = open_log(disk, settings.log, clock, entropy)
+            log = open_log(disk, settings.log, clock, entropy, crew=crew)
             stack.callback(log.close)
         scopes = Scopes(clock, _erasures(log))
         durable = (lambda: 0) if log is None else (lambda: log.durable)
-        dram = Dram(Arena(memory, entropy), settings, clock, scopes=scopes, counts=counts, durable=durable)
-        return Store(Parts(settings, clock, counts, scopes, dram, log), disk, stack.pop_all())
+        dram = Dram(Arena(memory, entropy, crew), settings, clock, scopes=scopes, counts=counts, durable=durable)
+        return Store(Parts(settings, clock, counts, scopes, dram, log, crew), disk, stack.pop_all())
 
 
 def _erasures(log: SegmentLog | None) -> list[Erasure]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from isthmus.contracts.blocks import MAX_BATCH, Outcome, Put, Reason, Tier
 from isthmus.state.kv.arena.arena import Record
 from isthmus.state.kv.arena.copying import flat
-from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.parts import Parts, check_batch, log_record
 
 SLICE_BYTES = 4 << 20
@@ -54,7 +53,8 @@ class Writer:
 
         try:
             missing = [index for index, place in enumerate(below) if place is None]
-            together(take, missing, sum(puts[index].shape.record_bytes for index in missing))
+            size = sum(puts[index].shape.record_bytes for index in missing)
+            self.parts.crew.together(take, missing, size)
             kept.sort(key=lambda one: one[0])
             for index, outcome in self._append(kept, deadline):
                 outcomes[index] = outcome

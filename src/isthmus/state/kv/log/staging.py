@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.state.kv.arena.copying import PART_BYTES, copy
-from isthmus.state.kv.arena.crew import together
+from isthmus.state.kv.arena.crew import Crew, together
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.log.format import (
     CLASSES,
@@ -115,11 +115,12 @@ class Slot:
 
 class Staging:
     """The extents in memory: one filling per class, and those that wait for the disk. They may take all of `buffers`
-    that are free at the start.
+    that are free at the start. `crew` helps with large copies.
     """
 
-    def __init__(self, buffers: AlignedBuffers) -> None:
+    def __init__(self, buffers: AlignedBuffers, crew: Crew | None = None) -> None:
         self._buffers = buffers
+        self._crew = crew
         self._size = buffers.size
         self._count = buffers.free
         self._reserved = max(1, self._count // _SURVIVORS_SHARE)
@@ -202,7 +203,7 @@ class Staging:
         at = start + payload_offset(shape.chunks)
         views[0][start : start + len(head)] = head
         _scatter(views, start + len(head), memoryview(bytes(at - start - len(head))))
-        _scatter(views, at, payload)
+        _scatter(views, at, payload, self._crew)
         end = at + shape.record_bytes
         _scatter(views, end, memoryview(bytes(start + header.span - end)))
 
@@ -237,7 +238,7 @@ class Staging:
             self._buffers.give(view)
 
 
-def _scatter(views: list[memoryview], at: int, data: memoryview) -> None:
+def _scatter(views: list[memoryview], at: int, data: memoryview, crew: Crew | None = None) -> None:
     """Copy `data` to the place `at` of several equal views that stand for one."""
     size = len(views[0])
     most = PART_BYTES if len(data) >= 2 * PART_BYTES else size
@@ -248,4 +249,4 @@ def _scatter(views: list[memoryview], at: int, data: memoryview) -> None:
         part = min(size - inside, total - done, most)
         pieces.append((data[done : done + part], views[number][inside : inside + part]))
         done += part
-    together(lambda piece: copy(*piece), pieces, total)
+    together(crew, lambda piece: copy(*piece), pieces, total)
