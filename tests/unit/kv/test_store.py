@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from isthmus.contracts.blocks import Hint, HintKind, Lifetime, Owner, Reason, Re
 from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreCorrupt, StoreUnavailable
 from isthmus.state.kv.arena.arena import Arena
+from isthmus.state.kv.log.format import SLOT, payload_offset
 from isthmus.state.kv.scopes import Scope
 from isthmus.state.kv.settings import StoreSettings
 from isthmus.state.kv.store import Store, open_store
@@ -90,6 +92,55 @@ def test_damage_in_dram_costs_nothing_when_the_log_has_a_copy(over_log: Opened) 
     stats = over_log.store.stats()
     assert stats.counts["quarantine_dram_corrupt"] == 1
     assert stats.gauges["arena_quarantined_bytes"] == 3 * 4096
+
+
+def damage_on_disk(opened: Opened, name: object) -> None:
+    """Change one bit of a record's bytes in the log's file."""
+    log, path = opened.inner._parts.log, opened.inner.settings.path
+    assert log is not None
+    (place,) = log.locate([key_of(name)])
+    assert place is not None
+    at = log._ledger.geometry.start(place.segment) + place.slot * SLOT + payload_offset(SHAPE.chunks)
+    with Path(path).open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+        os.fsync(file.fileno())
+
+
+def test_damage_in_the_log_costs_nothing_when_dram_has_a_copy(over_log: Opened) -> None:
+    """The lease was granted when the log alone had it."""
+    store_all(over_log.store, ["x"])
+    to_log_only(over_log)
+    with over_log.store.lease([key_of("x")], 30.0) as lease:
+        assert list(lease.granted) == [Tier.NVME]
+        over_log.store.hint([Hint(HintKind.PREFETCH, [key_of("x")])])
+        assert over_log.inner.settle(SOON)
+        damage_on_disk(over_log, "x")
+        for _ in range(2):
+            outcome, data = read_under(over_log.store, lease, "x")
+            assert (outcome.reason, outcome.tier) == (Reason.HIT, Tier.DRAM)
+            assert data == payload_of("x", SHAPE.record_bytes)
+    stats = over_log.store.stats()
+    assert (stats.counts["quarantine_nvme_corrupt"], stats.counts["read_dram_hit"]) == (1, 2)
+    assert stats.gauges["leases"] == 0
+    over_log.inner._parts.dram.check()
+    over_log.inner.admin.evict(Tier.DRAM, 1 << 30, 1.0)
+    assert over_log.store.stats().tiers[0].used == 0, "no pin was left on it"
+
+
+def test_damage_everywhere_is_corrupt_then_a_miss_and_can_be_written_again(over_log: Opened) -> None:
+    store_all(over_log.store, ["x"])
+    over_log.store.flush(SOON)
+    over_log.flip("x")
+    damage_on_disk(over_log, "x")
+    assert read_one(over_log.store, "x")[0].reason is Reason.CORRUPT
+    counts = over_log.store.stats().counts
+    assert (counts["quarantine_dram_corrupt"], counts["quarantine_nvme_corrupt"]) == (1, 1)
+    assert [one.tier for one in over_log.store.match([key_of("x")])] == [None]
+    assert reasons(store_all(over_log.store, ["x"])) == [Reason.STORED]
+    assert holds(over_log.store, "x")
 
 
 def test_quarantined_memory_is_never_used_again(alone: Opened) -> None:

@@ -1,5 +1,9 @@
 """Leases on records, and verified reads under them.
 
+A copy that is not what was written is taken out of use (and counted: `quarantine_*`), and every other copy of the
+record is tried before a read says so: from the arena to the log, from one record of the log to another (lookup.py), and
+from the log to what the arena was given meanwhile.
+
 A read looks at the lease again after its copy: what was pinned by a lease that has ended meanwhile may have been
 overwritten while it was copied, so it is `EXPIRED` whatever the digests say.
 """
@@ -22,6 +26,7 @@ from isthmus.state.kv.parts import Parts, check_batch
 LOCAL = 0
 """The holder of leases within this process."""
 _HIT = Outcome(Reason.HIT, Tier.DRAM)
+_NO_GOOD = frozenset({Reason.CORRUPT, Reason.IO_ERROR})
 
 Pin = Record | Location
 
@@ -163,6 +168,8 @@ class Reader:
             found = self._from_log(lease, [wants[index] for index in below], deadline)
             for index, outcome in zip(below, found, strict=True):
                 outcomes[index] = outcome or outcomes[index]
+                if outcomes[index].reason in _NO_GOOD:
+                    outcomes[index] = self._from_newer(lease, wants[index]) or outcomes[index]
         self._parts.counts.add_outcomes("read", outcomes)
         return outcomes
 
@@ -205,6 +212,25 @@ class Reader:
             found[index] = Outcome(Reason.EXPIRED, Tier.NVME) if over else outcome
         self._attendant.read_below([wants[at].key for at, one in enumerate(found) if one and one.reason is Reason.HIT])
         return found
+
+    def _from_newer(self, lease: StoreLease, want: Want) -> Outcome | None:
+        """A read from the arena of what was not there when the lease was granted; None: it is not there now either."""
+        dram = self._parts.dram
+        (record,) = dram.pin([want.key])
+        if record is None:
+            return None
+        try:
+            good = record.shape == want.shape and dram.arena.fetch(
+                record, want.first_chunk, want.count, flat(want.into)
+            )
+            visible = record.state is State.VISIBLE
+            if not good and visible and record.shape == want.shape:
+                dram.quarantine(record)
+        finally:
+            dram.unpin([record])
+        if self._over(lease):
+            return Outcome(Reason.EXPIRED, Tier.DRAM)
+        return _HIT if good and visible else None
 
     def _over(self, lease: StoreLease) -> bool:
         return lease.ended or self._parts.clock.monotonic() >= lease.deadline

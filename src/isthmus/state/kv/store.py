@@ -152,7 +152,7 @@ class Store:
         return StoreStats(
             epoch=arena.epoch,
             tiers=tuple(tiers),
-            counts=self.counts.snapshot(),
+            counts=self.counts.snapshot() | _quarantined(below),
             gauges=gauges,
             sequence=below.sequence,
             durable=below.durable,
@@ -210,6 +210,12 @@ def _erasures(log: SegmentLog | None) -> list[Erasure]:
         for one in log.erasures
         if one.scope.namespace_id
     ]
+
+
+def _quarantined(stats: LogStats) -> dict[str, int]:
+    """Of the log, by the name that those of the arena have."""
+    count = stats.counts.get("quarantined", 0)
+    return {"quarantine_nvme_corrupt": count} if count else {}
 
 
 def _gauges(stats: LogStats) -> dict[str, float]:
