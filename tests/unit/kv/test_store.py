@@ -35,6 +35,7 @@ from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreCorrupt, StoreUnavailable
 from isthmus.state.kv.arena.arena import Arena
 from isthmus.state.kv.log.format import SLOT, payload_offset
+from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.scopes import Scope
 from isthmus.state.kv.settings import StoreSettings
 from isthmus.state.kv.store import Store, open_store
@@ -238,9 +239,11 @@ def test_a_leased_page_in_the_way_is_gone_around(alone: Opened) -> None:
 def test_what_is_on_its_way_to_the_log_is_spared(over_log: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     store_all(over_log.store, list(range(40)))
     over_log.store.flush(SOON)
-    durable = over_log.inner._parts.dram._durable()
+    log = over_log.inner._parts.log
+    assert log is not None
+    durable = log.durable
     store_all(over_log.store, list(range(40, 60)))
-    monkeypatch.setattr(over_log.inner._parts.dram, "_durable", lambda: durable)
+    monkeypatch.setattr(SegmentLog, "durable", property(lambda _: durable))
     over_log.inner._parts.dram._make_way(20 * 12288, SystemClock().monotonic())
     found = over_log.store.match([key_of(name) for name in range(60)])
     assert all(one.tier is Tier.DRAM for one in found[40:])
@@ -256,10 +259,10 @@ def test_what_must_not_go_yet_is_not_met_again_for_every_record(
     with BACKENDS["library_over_log"](tmp_path, msgspec.structs.replace(SETTINGS, arena_bytes=arena)) as opened:
         dram = opened.inner._parts.dram
         # What would go first (it was said to be done) is on its way to the log, and what is older is there.
-        monkeypatch.setattr(dram, "_durable", lambda: 0)
+        monkeypatch.setattr(SegmentLog, "durable", property(lambda _: 0))
         outcomes = store_all(opened.store, range(256), shape=PAGE)
         store_all(opened.store, range(256, arena // 4096), shape=PAGE, lifetime=Lifetime.SHORT)
-        monkeypatch.setattr(dram, "_durable", lambda: outcomes[-1].sequence)
+        monkeypatch.setattr(SegmentLog, "durable", property(lambda _: outcomes[-1].sequence))
         find, met = dram.arena.find, list[bytes]()
         monkeypatch.setattr(dram.arena, "find", lambda key: met.append(key) or find(key))  # type: ignore[func-returns-value]
         assert reasons(store_all(opened.store, range(10_000, 10_128), shape=PAGE)) == [Reason.STORED] * 128

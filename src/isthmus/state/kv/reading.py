@@ -20,6 +20,7 @@ from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.arena.copying import flat
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.leases import Granted, LeaseTable
+from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.records import Location, LogRead
 from isthmus.state.kv.parts import Parts, check_batch
 
@@ -203,7 +204,7 @@ class Reader:
         reads: list[tuple[int, LogRead]] = []
         for index, want in enumerate(wants):
             pin = lease.pins[lease.places[want.key]]
-            location = pin if isinstance(pin, Location) else log.locate([want.key])[0]
+            location = pin if isinstance(pin, Location) else self._below(log, pin, want, deadline)
             if location is not None:
                 reads.append((index, LogRead(location, want)))
         outcomes = log.read([read for _, read in reads], self._parts.left(deadline))
@@ -211,6 +212,14 @@ class Reader:
         for (index, _), outcome in zip(reads, outcomes, strict=True):
             found[index] = Outcome(Reason.EXPIRED, Tier.NVME) if over else outcome
         self._attendant.read_below([wants[at].key for at, one in enumerate(found) if one and one.reason is Reason.HIT])
+        return found
+
+    def _below(self, log: SegmentLog, pin: Pin | None, want: Want, deadline: float) -> Location | None:
+        """Where the log has what was damaged in the arena. It may be on its way there just now."""
+        (found,) = log.locate([want.key])
+        if found is None and isinstance(pin, Record) and pin.sequence > log.findable:
+            log.await_findable(pin.sequence, self._parts.left(deadline))
+            (found,) = log.locate([want.key])
         return found
 
     def _from_newer(self, lease: StoreLease, want: Want) -> Outcome | None:

@@ -196,8 +196,7 @@ def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy, *, calls
             log = open_log(disk, settings.log, clock, entropy, crew=crew)
             stack.callback(log.close)
         scopes = Scopes(clock, _erasures(log))
-        durable = (lambda: 0) if log is None else (lambda: log.durable)
-        dram = Dram(Arena(memory, entropy, crew), settings, clock, scopes=scopes, counts=counts, durable=durable)
+        dram = Dram(Arena(memory, entropy, crew), settings, clock, scopes=scopes, counts=counts, below=log)
         return Store(Parts(settings, clock, counts, scopes, dram, log, crew), disk, stack.pop_all())
 
 

@@ -97,7 +97,7 @@ class Upkeep:
     def evict(self, tier: Tier, size: int, timeout_s: float) -> int:
         """Evict at least `size` bytes from a tier, or all that may go; how many bytes went."""
         if tier is Tier.DRAM:
-            return self.parts.dram.evict(size)
+            return self.parts.dram.evict(size, timeout_s)
         if tier is Tier.NVME and self.parts.log is not None:
             return self.parts.log.evict(size, timeout_s)
         raise InvalidInput(f"this store has no tier {tier}", "tier")

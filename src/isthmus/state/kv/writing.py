@@ -46,7 +46,7 @@ class Writer:
         kept: list[tuple[int, Record]] = []
 
         def take(index: int) -> None:
-            found = self._take(puts[index], expected[index])
+            found = self._take(puts[index], expected[index], self.parts.left(deadline))
             if isinstance(found, Record):
                 kept.append((index, found))
             outcomes[index] = Outcome(Reason.STORED if isinstance(found, Record) else found, Tier.DRAM)
@@ -82,10 +82,10 @@ class Writer:
                     found.append((index, Outcome(Reason.STORED, Tier.DRAM)))
         return found
 
-    def _take(self, put: Put, expected: bytes) -> Record | Reason:
-        """The record, visible and pinned; else why not."""
+    def _take(self, put: Put, expected: bytes, patience_s: float) -> Record | Reason:
+        """The record, visible and pinned; else why not. May wait for room as `Dram.begin` does."""
         dram = self.parts.dram
-        record = dram.begin(put.key, put.parent, put.owner, put.shape, put.lifetime)
+        record = dram.begin(put.key, put.parent, put.owner, put.shape, put.lifetime, patience_s=patience_s)
         if isinstance(record, Reason):
             return record
         complete = False

@@ -15,7 +15,7 @@ Safe under the lock of its owner; `fill`, `fetch`, `intact` and `erase_bytes` ar
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,14 +184,16 @@ class Arena:
         record.state = State.GONE
         self.quarantined_pages += pages_of(record.record_bytes)
 
-    def around(self, record: Record, size: int, most: int) -> list[Record]:
-        """Unpinned records whose removal makes room in one piece for `size` bytes near `record`; at most `most` are
-        looked at. Empty: none such.
+    def around(
+        self, record: Record, size: int, most: int, spare: Callable[[Record], bool] = lambda _: False
+    ) -> list[Record]:
+        """Records, none pinned and none to `spare`, whose removal makes room in one piece for `size` bytes near
+        `record`; at most `most` are looked at. Empty: none such.
         """
 
         def movable(page: int) -> bool:
             found = self._by_page.get(page)
-            return found is not None and found.pins == 0
+            return found is not None and found.pins == 0 and not spare(found)
 
         pages = self._extents.window(record.page, pages_of(size), movable, most)
         return [self._by_page[page] for page in pages]
