@@ -6,11 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 from tests.support.disk import FailingCalls
+from tests.support.faults import Hasty
 from tests.support.stores import (
     BACKENDS,
     LOG,
@@ -34,6 +36,8 @@ from isthmus.contracts.blocks import Hint, HintKind, Lifetime, Owner, Reason, Re
 from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreCorrupt, StoreUnavailable
 from isthmus.state.kv.arena.arena import Arena
+from isthmus.state.kv.io.calls import Calls
+from isthmus.state.kv.io.uring import refusal
 from isthmus.state.kv.log.format import SLOT, payload_offset
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.scopes import Scope
@@ -515,6 +519,43 @@ def test_a_read_that_is_given_up_costs_neither_memory_nor_the_disk(tmp_path: Pat
     assert store._disk is not None
     assert store._disk.lost == 0
     open_store(settings, SystemClock(), SystemEntropy()).close()
+
+
+@pytest.mark.skipif(bool(refusal(Calls())), reason=f"NOT RUN: {refusal(Calls())}")
+@pytest.mark.parametrize("number", [errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR])
+def test_a_ring_that_is_refused_for_ever_is_given_up(tmp_path: Path, number: int) -> None:
+    """Whoever waits may do so for much longer; what the kernel says to try again is tried for some seconds."""
+    settings = msgspec.structs.replace(with_log(tmp_path, SETTINGS), disk_backend="io_uring")
+    calls = FailingCalls(clock=Hasty())
+    store = open_store(settings, SystemClock(), SystemEntropy(), calls=calls)
+    store_all(store, [1, 2, 3])
+    sequence = store.flush(SOON)
+    store.admin.evict(Tier.DRAM, 1 << 30, SOON)
+    calls.plan = lambda name, _: number if name == "uring_enter" else 0
+    (outcome,) = store_all(store, [4])
+    assert store.flush(60.0) == sequence < outcome.sequence
+    stats = store.stats()
+    assert stats.gauges["read_only"]
+    assert stats.gauges["log_write_errors"] >= 1
+    into = memoryview(bytearray(SHAPE.record_bytes))
+    with store.lease([key_of(1)], 60.0) as lease:
+        assert store.read(lease, [Want(key_of(1), SHAPE, into)], 60.0)[0].reason is Reason.IO_ERROR
+    assert store.stats().counts["read_nvme_io_error"] == 1
+    assert holds(store, 4), "what DRAM has is read from there"
+    calls.plan = lambda *_: 0
+    assert all(holds(store, name) for name in (1, 2, 3, 4)), "and what the disk has, when it can be had again"
+    store.close()
+    assert store._disk is not None
+    assert store._disk.lost == 0
+    with _reopened(settings) as again:
+        assert all(holds(again, name) for name in (1, 2, 3))
+
+
+@contextmanager
+def _reopened(settings: StoreSettings) -> Iterator[Store]:
+    store = open_store(settings, SystemClock(), SystemEntropy())
+    yield store
+    store.close()
 
 
 def test_closing_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:

@@ -91,11 +91,12 @@ class Writer:
         self._tags = 0
         self._backlog: deque[Transfer] = deque()
         self._footing = False
+        self._deaf = False
 
     @property
     def in_flight(self) -> int:
-        """Writes that have not completed."""
-        return self._channel.in_flight + len(self._backlog)
+        """Writes that have not completed; 0 when nobody can hear of that any more."""
+        return 0 if self._deaf else self._channel.in_flight + len(self._backlog)
 
     def wanted(self, now: float) -> bool:
         """Whether a step would find something to do."""
@@ -115,9 +116,13 @@ class Writer:
         """
         try:
             ended = self._completed(patience_s)
+            self._deaf = False
         except DiskFailed as error:
             with self._changed:
+                self._ledger.counts["write_errors"] += not self._deaf
+                self._deaf = True
                 self._ledger.refuse(f"writes cannot be waited for: {error}")
+                self._changed.notify_all()
             return False
         begun = self._begin(now)  # more for the disk to do, before the books are made of what it has done
         with self._changed:
