@@ -288,6 +288,22 @@ def test_nothing_forgotten_is_read_again(opened: Opened) -> None:
     assert holds(opened.store, "a")
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), float("-inf"), -1.0])
+def test_no_time_that_is_asked_for_lasts_for_ever_or_raises(opened: Opened, seconds: float) -> None:
+    store, into = opened.store, memoryview(bytearray(SHAPE.record_bytes))
+    store_all(store, ["x"])
+    lease = store.lease([key_of("x")], seconds)
+    store.hint([Hint(kind, [key_of("x")], seconds) for kind in HintKind])
+    (outcome,) = store.read(lease, [Want(key_of("x"), SHAPE, into)], seconds)
+    assert (outcome.reason is Reason.HIT) == (seconds > 0)
+    (outcome,) = store.write([put_of("y")], seconds)
+    assert (outcome.reason is Reason.STORED) == (seconds > 0)
+    store.flush(seconds)
+    opened.clock.advance(61.0)
+    opened.inner.reader.expire()
+    assert not len(opened.inner.reader)
+
+
 def test_short_lived_records_leave_first(opened: Opened) -> None:
     store_all(opened.store, list(range(40)))
     store_all(opened.store, ["short"], lifetime=Lifetime.SHORT)

@@ -106,7 +106,7 @@ class RemoteStore:
         check_batch(len(keys), MAX_BATCH, "keys")
         start = self._clock.monotonic()
         with self._pool.borrowed(start + self._settings.call_s) as lane:
-            answer = lane.ask(lambda number: wire.LeaseAsk(number, list(keys), seconds), wire.Leased)
+            answer = lane.ask(lambda number: wire.LeaseAsk(number, list(keys), wire.seconds(seconds)), wire.Leased)
             if isinstance(answer, Reason) or len(answer.given) != len(keys):
                 return RemoteLease(self, keys, None, None, start)
             return RemoteLease(self, keys, answer, lane.mapping, start + answer.seconds)
@@ -126,7 +126,7 @@ class RemoteStore:
         check_batch(len(wants), MAX_BATCH, "wants")
         if not isinstance(lease, RemoteLease):
             raise InvalidInput("the lease is not one of this store", "lease")
-        deadline = self._clock.monotonic() + timeout_s
+        deadline = self._clock.monotonic() + wire.seconds(timeout_s)
 
         def above(want: Want) -> Outcome | None:
             late = self._clock.monotonic() >= deadline
@@ -142,7 +142,7 @@ class RemoteStore:
     def write(self, puts: Sequence[Put], timeout_s: float) -> list[Outcome]:
         """See `BlockStore`. A record larger than the window is `TOO_LARGE`."""
         check_batch(len(puts), MAX_BATCH, "puts")
-        deadline = self._clock.monotonic() + timeout_s
+        deadline = self._clock.monotonic() + wire.seconds(timeout_s)
         outcomes: list[Outcome] = []
         sizes = [(put.shape.record_bytes, put.shape.chunks) for put in puts]
         for first, last in _rounds(sizes, self._settings.window_bytes):
@@ -154,7 +154,8 @@ class RemoteStore:
         kept, dropped = capped(hints)
         self._pool.counts.add("hint", None, "dropped", dropped)
         if kept:
-            self._pool.post(wire.HintAsk([wire.HintPart(one.kind, list(one.keys), one.seconds) for one in kept]))
+            parts = [wire.HintPart(one.kind, list(one.keys), wire.seconds(one.seconds)) for one in kept]
+            self._pool.post(wire.HintAsk(parts))
 
     def flush(self, timeout_s: float) -> int:
         """See `BlockStore`. 0 when the daemon did not answer."""

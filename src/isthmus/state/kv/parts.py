@@ -33,7 +33,7 @@ class Parts:
 
     def until(self, timeout_s: float) -> float:
         """When a call that may take `timeout_s` has to end, on the monotonic clock."""
-        return self.clock.monotonic() + min(max(timeout_s, 0.0), self.settings.call_s)
+        return self.clock.monotonic() + min(max(0.0, timeout_s), self.settings.call_s)
 
     def left(self, deadline: float) -> float:
         """Seconds until then; not negative."""

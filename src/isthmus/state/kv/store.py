@@ -134,7 +134,7 @@ class Store:
     def flush(self, timeout_s: float) -> int:
         """See `BlockStore`."""
         log = self._parts.log
-        return 0 if log is None else log.flush(min(max(timeout_s, 0.0), self.settings.call_s))
+        return 0 if log is None else log.flush(min(max(0.0, timeout_s), self.settings.call_s))
 
     def stats(self) -> StoreStats:
         """See `BlockStore`."""
