@@ -32,6 +32,7 @@ from isthmus.contracts.blocks import (
     HintKind,
     Lifetime,
     Owner,
+    Put,
     Reason,
     RecordKind,
     Shape,
@@ -302,6 +303,14 @@ def test_no_time_that_is_asked_for_lasts_for_ever_or_raises(opened: Opened, seco
     opened.clock.advance(61.0)
     opened.inner.reader.expire()
     assert not len(opened.inner.reader)
+
+
+def test_bytes_that_do_not_lie_in_a_row_are_refused() -> None:
+    apart = memoryview(bytearray(2 * SHAPE.record_bytes))[::2]
+    with pytest.raises(InvalidInput, match="in a row"):
+        Want(key_of("x"), SHAPE, apart)
+    with pytest.raises(InvalidInput, match="in a row"):
+        Put(key_of("x"), None, OWNER, SHAPE, apart)
 
 
 def test_short_lived_records_leave_first(opened: Opened) -> None:

@@ -35,7 +35,9 @@ from tests.support.stores import (
 from isthmus.contracts.blocks import Hint, HintKind, Lifetime, Owner, Reason, RecordKind, Shape, Tier, Want
 from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreCorrupt, StoreUnavailable
+from isthmus.state.kv import upkeep
 from isthmus.state.kv.arena.arena import Arena
+from isthmus.state.kv.hashing import digests_of
 from isthmus.state.kv.io.calls import Calls
 from isthmus.state.kv.io.uring import refusal
 from isthmus.state.kv.log.format import SLOT, payload_offset
@@ -146,6 +148,19 @@ def test_damage_everywhere_is_corrupt_then_a_miss_and_can_be_written_again(over_
     assert [one.tier for one in over_log.store.match([key_of("x")])] == [None]
     assert reasons(store_all(over_log.store, ["x"])) == [Reason.STORED]
     assert holds(over_log.store, "x")
+
+
+def test_what_is_forgotten_while_it_is_verified_is_no_damage(alone: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_all(alone.store, ["x", "y"])
+
+    def late(data: memoryview, chunk_bytes: int) -> bytes:
+        alone.inner.admin.forget(OWNER.namespace_id)
+        return digests_of(data, chunk_bytes)
+
+    monkeypatch.setattr(upkeep, "digests_of", late)
+    checked = alone.inner.admin.verify(SOON)
+    assert (checked.dram_good, checked.dram_corrupt) == (0, 0)
+    assert "quarantine_dram_corrupt" not in alone.store.stats().counts
 
 
 def test_quarantined_memory_is_never_used_again(alone: Opened) -> None:

@@ -199,8 +199,10 @@ class Dram:
                 for record in records:
                     self.arena.unpin(record)
 
-    def quarantine(self, record: Record) -> None:
-        """Its bytes are not what was written: nobody finds it any more, and its memory is not used again."""
+    def quarantine(self, record: Record) -> bool:
+        """Its bytes are not what was written: nobody finds it any more, and its memory is not used again. False: it had
+        left already, and they may have been erased.
+        """
         with self._lock:
             found = record.state is State.VISIBLE
             if found:
@@ -210,6 +212,7 @@ class Dram:
                 self._counts.add("quarantine", Tier.DRAM, Reason.CORRUPT)
         if found:  # its pages are nobody else's from now on
             self.arena.erase_bytes(record)
+        return found
 
     def hint(self, kind: HintKind, keys: Sequence[BlockKey], seconds: float) -> None:
         """What is known of the future of some records."""

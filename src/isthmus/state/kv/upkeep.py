@@ -115,8 +115,7 @@ class Upkeep:
         try:
             if digests_of(dram.arena.view(pinned), pinned.shape.chunk_bytes) == pinned.digests:
                 return True
-            dram.quarantine(pinned)
-            return False
+            return False if dram.quarantine(pinned) else None
         finally:
             dram.unpin([pinned])
 

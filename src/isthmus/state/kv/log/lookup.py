@@ -82,7 +82,7 @@ class Lookup:
             if not left:
                 break
             try:
-                self._run([asked.task for asked in left.values() if asked.task is not None], deadline)
+                self._run([self._task(asked) for asked in left.values()], deadline)
             finally:
                 with self._changed:
                     for asked in left.values():
@@ -107,9 +107,12 @@ class Lookup:
                 if found is None or not ledger.segments.pin(found.segment, found.generation):
                     return False
                 asked.at = found
-        start = ledger.geometry.start(asked.at.segment) + asked.at.slot * SLOT
-        asked.task = Task(asked.read.want, start, asked.at.generation, ledger.seed)
         return True
+
+    def _task(self, asked: _Asked) -> Task:
+        start = self._ledger.geometry.start(asked.at.segment) + asked.at.slot * SLOT
+        asked.task = Task(asked.read.want, start, asked.at.generation, self._ledger.seed)
+        return asked.task
 
     def _run(self, tasks: list[Task], deadline: float) -> None:
         late = Reason.LATE
