@@ -37,6 +37,8 @@ from isthmus.state.kv.log.settings import LogSettings
 from isthmus.state.kv.log.staging import Extent
 
 _ORDER = (SURVIVORS, *range(SURVIVORS))
+_DEAF = 100
+"""Waits that fail in a row: from then on nobody waits for the ends of writes. One may be a single call's failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +93,13 @@ class Writer:
         self._tags = 0
         self._backlog: deque[Transfer] = deque()
         self._footing = False
-        self._deaf = False
+        self._unheard = 0
+        """Waits in a row that failed."""
 
     @property
     def in_flight(self) -> int:
         """Writes that have not completed; 0 when nobody can hear of that any more."""
-        return 0 if self._deaf else self._channel.in_flight + len(self._backlog)
+        return 0 if self._unheard >= _DEAF else self._channel.in_flight + len(self._backlog)
 
     def wanted(self, now: float) -> bool:
         """Whether a step would find something to do."""
@@ -116,11 +119,11 @@ class Writer:
         """
         try:
             ended = self._completed(patience_s)
-            self._deaf = False
+            self._unheard = 0
         except DiskFailed as error:
             with self._changed:
-                self._ledger.counts["write_errors"] += not self._deaf
-                self._deaf = True
+                self._ledger.counts["write_errors"] += not self._unheard
+                self._unheard += 1
                 self._ledger.refuse(f"writes cannot be waited for: {error}")
                 self._changed.notify_all()
             return False
