@@ -32,6 +32,7 @@ from isthmus.contracts.blocks import (
     HintKind,
     Lifetime,
     Owner,
+    Put,
     Reason,
     RecordKind,
     Shape,
@@ -288,9 +289,34 @@ def test_nothing_forgotten_is_read_again(opened: Opened) -> None:
     assert holds(opened.store, "a")
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), float("-inf"), -1.0])
+def test_no_time_that_is_asked_for_lasts_for_ever_or_raises(opened: Opened, seconds: float) -> None:
+    store, into = opened.store, memoryview(bytearray(SHAPE.record_bytes))
+    store_all(store, ["x"])
+    lease = store.lease([key_of("x")], seconds)
+    store.hint([Hint(kind, [key_of("x")], seconds) for kind in HintKind])
+    (outcome,) = store.read(lease, [Want(key_of("x"), SHAPE, into)], seconds)
+    assert (outcome.reason is Reason.HIT) == (seconds > 0)
+    (outcome,) = store.write([put_of("y")], seconds)
+    assert (outcome.reason is Reason.STORED) == (seconds > 0)
+    store.flush(seconds)
+    opened.clock.advance(61.0)
+    opened.inner.reader.expire()
+    assert not len(opened.inner.reader)
+
+
+def test_bytes_that_do_not_lie_in_a_row_are_refused() -> None:
+    apart = memoryview(bytearray(2 * SHAPE.record_bytes))[::2]
+    with pytest.raises(InvalidInput, match="in a row"):
+        Want(key_of("x"), SHAPE, apart)
+    with pytest.raises(InvalidInput, match="in a row"):
+        Put(key_of("x"), None, OWNER, SHAPE, apart)
+
+
 def test_short_lived_records_leave_first(opened: Opened) -> None:
     store_all(opened.store, list(range(40)))
     store_all(opened.store, ["short"], lifetime=Lifetime.SHORT)
+    opened.store.flush(SOON)  # what is on its way to a log goes last
     store_all(opened.store, [("more", index) for index in range(44)])
     found = opened.store.match([key_of("short"), key_of(0)])
     assert (found[0].tier is Tier.DRAM, found[1].tier is Tier.DRAM) == (False, True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.memory_store import MemoryStore
+from tests.support.memory_store import MemoryLease, MemoryStore
 from tests.support.requests import SCOPE, make_request
 from tests.support.sites import PROMPT, WITHIN_S, Site
 from tests.support.tiny_models import make_model, open_tiny
@@ -209,6 +209,30 @@ def test_hints_reach_the_store_with_the_keys_of_the_session(plain: TorchRunner) 
     assert store.hints[0].keys == store.hints[1].keys
     assert set(store.hints[0].keys) <= set(store.records)
     assert site.core.stats().paging["hint_unknown_session"] == 1
+    site.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_store_that_raises_is_not_asked_again_and_requests_compute(plain: TorchRunner) -> None:
+    class Raising(MemoryStore):
+        def lease(self, *_: object) -> MemoryLease:
+            raise RuntimeError("nobody foresaw this")
+
+    store = Raising()
+    site = Site(plain, store)
+    site.run(make_request("a", PROMPT, 6))
+    tokens = site.tokens["a"]
+    site.push_out()
+    records = len(store.records)
+    for name in ("b", "c"):
+        late = site.run(make_request(name, PROMPT, 6))[name]
+        assert site.tokens[name] == tokens
+        assert late.reuse is not None
+        assert late.reuse.reason == Reason.UNAVAILABLE
+        site.push_out()
+    assert site.core.stats().paging["pager_lost"] == 1
+    assert len(store.records) == records
+    site.settle()
     site.close()
 
 

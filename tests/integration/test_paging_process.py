@@ -114,6 +114,43 @@ def test_gone_in_the_middle_of_a_load_the_rest_is_computed(
     site.close()
 
 
+class RaisingSite(RemoteSite):
+    """The first process raises when it is to load; the others are as they should be."""
+
+    def _start(self) -> Child:
+        made = command(self.spec)
+        if not self.children:
+            made[made.index("isthmus.pager")] = "tests.support.raising_pager"
+        self.children.append(Child(made))
+        return self.children[-1]
+
+
+def test_a_process_that_raises_is_replaced_and_nobody_waits_for_it(
+    runner: TorchRunner, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    site = RaisingSite(runner, tmp_path)
+    site.run(make_request("a", PROMPT, 6))
+    tokens = site.tokens["a"]
+    site.only_on_disk()
+    late = site.run(make_request("b", PROMPT, 6))["b"]
+    assert site.tokens["b"] == tokens
+    assert late.reuse is not None
+    assert late.reuse.reason == Reason.UNAVAILABLE
+    until_lost(site)
+    assert lost(site) == 1
+    assert site.children[0]._process.poll() is not None
+    assert "nobody foresaw this" in capfd.readouterr().err
+    while len(site.children) < 2 or not site.pager._child:
+        threading.Event().wait(0.01)
+    site.push_out()
+    warm = site.run(make_request("c", PROMPT, 6))["c"]
+    assert site.tokens["c"] == tokens
+    assert warm.reuse is not None
+    assert warm.reuse.nvme + warm.reuse.dram > 60
+    site.settle()
+    site.close()
+
+
 def test_while_there_is_none_requests_compute(runner: TorchRunner, tmp_path: Path) -> None:
     site = RemoteSite(runner, tmp_path)
     try:

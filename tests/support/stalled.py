@@ -24,6 +24,7 @@ from isthmus.contracts.clock import SystemClock
 from isthmus.state.kv import client as client_module
 from isthmus.state.kv import wire
 from isthmus.state.kv.arena.copying import copy_digests, copy_verified
+from isthmus.state.kv.arena.crew import Crew
 from isthmus.state.kv.client import RemoteStore, open_client
 from isthmus.state.kv.connection import Connection
 from isthmus.state.kv.hashing import digests_of
@@ -57,20 +58,22 @@ class Stalled:
         self.point = ""
         return True
 
-    def copy_verified(self, source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes) -> bool:
+    def copy_verified(
+        self, source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes, crew: Crew | None = None
+    ) -> bool:
         if self.at("half copied"):
             half = len(source) // 2
             target[:half] = source[:half]
             stop()
             target[half:] = source[half:]
             return digests_of(target, chunk_bytes) == digests
-        good = copy_verified(source, target, chunk_bytes, digests)
+        good = copy_verified(source, target, chunk_bytes, digests, crew)
         if self.at("copied"):
             stop()
         return good
 
-    def copy_digests(self, source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
-        digests = copy_digests(source, target, chunk_bytes)
+    def copy_digests(self, source: memoryview, target: memoryview, chunk_bytes: int, crew: Crew | None = None) -> bytes:
+        digests = copy_digests(source, target, chunk_bytes, crew)
         if self.at("filled"):
             stop()
         return digests

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common import commit, machine
+from benchmarks.common import machine
 from tokenizers import Tokenizer
 from torch import Tensor
 from training.embedded import chat_calls, probes
@@ -28,6 +28,8 @@ from training.embedded.models import KINDS, Network
 from training.embedded.pools import DOCS, parse_marks, read_pool, weigh
 from training.embedded.transcript import EXCHANGES, transcript
 from training.embedded.world import World, load_world
+
+from isthmus.bench.report import commit
 
 SEED = 11
 LENGTHS = (256, 512, 1024)

@@ -1,37 +1,52 @@
-"""What every result names: version and commit, machine, load average before and after, seed, settings."""
+"""What every result names: version and commit, machine, load average before and after, seed, settings. Also of those in
+benchmarks/, so that figures of both can be traced, and compared, in the same way.
+"""
 
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import isthmus
 
 
-def header(name: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a result that begins now."""
+def header(name: str, seed: int, settings: dict[str, Any], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """The head of a result that begins now; `packages`: whose versions belong to it, by name."""
     return {
         "benchmark": name,
         "version": isthmus.__version__,
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "tree_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {
-            "cpu": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "system": platform.system() + " " + platform.machine(),
-            "python": platform.python_version(),
-        },
+        "machine": machine(packages),
         "load_average_before": os.getloadavg(),
         "seed": seed,
         "settings": settings,
     }
 
 
-def write(path: Path, head: dict[str, Any], results: dict[str, Any]) -> None:
+def commit() -> str:
+    """The commit that is checked out; empty when this code is installed without its history."""
+    return _git("rev-parse", "HEAD")
+
+
+def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """The processor, the cores that this process may use, and the Python (and `packages`) that ran."""
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.system() + " " + platform.machine(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def write(path: Path, head: dict[str, Any], results: Any) -> None:
     """Write head and results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {**head, "load_average_after": os.getloadavg(), "results": results}

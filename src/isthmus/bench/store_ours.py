@@ -13,6 +13,7 @@ comes from the log, for the arena was emptied.
 here its functions that hash are replaced.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import StoreError, StoreUnavailable
 from isthmus.contracts.keys import KEY_BYTES, BlockKey
 from isthmus.state.kv.arena import arena as arena_module
+from isthmus.state.kv.arena.crew import Crew, crew_for
 from isthmus.state.kv.client import open_client
 from isthmus.state.kv.daemon import run_daemon
 from isthmus.state.kv.io.disk import open_disk
@@ -252,12 +254,14 @@ def _zeros(data: memoryview, chunk_bytes: int) -> bytes:
     return bytes(len(data) // chunk_bytes * DIGEST_BYTES)
 
 
-def _copy_zeros(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
+def _copy_zeros(source: memoryview, target: memoryview, chunk_bytes: int, _: Crew | None = None) -> bytes:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
     return _zeros(source, chunk_bytes)
 
 
-def _copy_believed(source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes) -> bool:
+def _copy_believed(
+    source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes, _: Crew | None = None
+) -> bool:
     return _copy_zeros(source, target, chunk_bytes) == digests
 
 
@@ -334,7 +338,8 @@ def make(making: Making, memory: Memory) -> Measured:
         settings = msgspec.structs.replace(making.arena, path=str(making.path), log=making.log)
         return _filled(Tiered(open_store(settings, clock, entropy)), memory, making.log.capacity)
     disk = open_disk(making.path, capacity=making.log.capacity, create=True, backend="auto")
-    opened = open_log(disk, making.log, clock, entropy)
+    crew = crew_for(len(os.sched_getaffinity(0)))
+    opened = open_log(disk, making.log, clock, entropy, crew=crew)
     log = Logged(opened, verified=not unverified, each=kind == "log-durable")
     return _filled(log, memory, making.log.capacity)
 

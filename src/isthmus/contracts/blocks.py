@@ -153,6 +153,8 @@ class Put:
         if self.payload.nbytes != self.shape.record_bytes:
             size, expected = self.payload.nbytes, self.shape.record_bytes
             raise InvalidInput(f"the payload has {size} bytes, its shape says {expected}", "payload")
+        if not self.payload.c_contiguous:
+            raise InvalidInput("the bytes of the payload do not lie in a row", "payload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,8 @@ class Want:
             raise InvalidInput("the chunks wanted do not exist", "chunks")
         if self.into.readonly or self.into.nbytes != count * self.shape.chunk_bytes:
             raise InvalidInput(f"the buffer has {self.into.nbytes} bytes, or cannot be written to", "into")
+        if not self.into.c_contiguous:
+            raise InvalidInput("the bytes of the buffer do not lie in a row", "into")
 
     @property
     def count(self) -> int:

@@ -19,7 +19,7 @@ from tests.support.disk import FailingCalls, StuckCalls
 from isthmus.contracts.errors import DiskFailed, InvalidInput, StoreUnavailable
 from isthmus.state.kv.io.calls import Calls
 from isthmus.state.kv.io.disk import SECTOR, AlignedBuffers, Backend, Disk, Op, Transfer, open_disk
-from isthmus.state.kv.io.ring import RingChannel
+from isthmus.state.kv.io.ring import REFUSED_S, RingChannel
 from isthmus.state.kv.io.transfers import address_of
 from isthmus.state.kv.io.uring import Ring, refusal
 
@@ -308,6 +308,89 @@ def test_a_kernel_without_room_is_asked_until_the_time_is_over(tmp_path: Path, n
     channel.close()
     assert channel.lost == 0
     disk.close()
+
+
+class PausingCalls(FailingCalls):
+    """A clock that only pauses move on, and calls of `uring_enter` that fail as long as `error` is not 0."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda name, _: self.error if name == "uring_enter" else 0)
+        self.error, self.now, self.pauses = 0, 1000.0, 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def pause(self, seconds: float) -> None:
+        self.now += seconds
+        self.pauses += 1
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EBUSY, errno.EINTR])
+def test_a_kernel_that_never_has_room_fails_what_it_did_not_take(tmp_path: Path, number: int) -> None:
+    calls = PausingCalls()
+    disk = opened(tmp_path, calls)
+    channel = channel_of(disk)
+    calls.error = number
+    reads = [Transfer(Op.READ, 0, memoryview(mmap.mmap(-1, SECTOR)), tag) for tag in range(3)]
+    channel.submit(reads)
+    assert [one.error for one in channel.wait(3, 3600.0)] == [number] * 3
+    assert REFUSED_S <= calls.now - 1000.0 < REFUSED_S + 0.1
+    assert (channel.in_flight, channel._ring.queued) == (0, 0)
+    # Nobody waits for it again, until it has been of use.
+    begun = calls.pauses
+    channel.submit(reads)
+    assert [one.error for one in channel.wait(3, 3600.0)] == [number] * 3
+    assert calls.pauses == begun
+    calls.error = 0
+    assert read(channel) == 0
+    for _ in range(3):
+        calls.error = number
+        channel.submit(reads)
+        assert channel.wait(1, 0.6 * REFUSED_S) == []
+        calls.error = 0
+        assert [one.error for one in channel.wait(3, 3600.0)] == [0] * 3
+    disk.close()
+
+
+def test_refusals_with_long_pauses_between_are_not_taken_together(tmp_path: Path) -> None:
+    calls = PausingCalls()
+    disk = opened(tmp_path, calls)
+    channel = channel_of(disk)
+    for _ in range(3):
+        calls.error = errno.EAGAIN
+        channel.submit([Transfer(Op.READ, 0, memoryview(mmap.mmap(-1, SECTOR)), 0)])
+        assert channel.wait(1, 0.0) == []
+        calls.now += 10 * REFUSED_S
+        assert channel.wait(1, 0.0) == []
+        calls.error = 0
+        assert [one.error for one in channel.wait(1, 3600.0)] == [0]
+    disk.close()
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EINTR, errno.EBADF])
+def test_a_kernel_that_never_tells_of_ends_is_waited_for_within_a_bound(
+    stuck: tuple[Disk, RingChannel, StuckCalls], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, channel, calls = stuck
+    channel.submit([Transfer(Op.READ, 0, memoryview(mmap.mmap(-1, SECTOR)), 0)])
+    entering, now = calls.uring_enter, [0.0]
+
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(number, "x")
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(calls, "monotonic", lambda: now[0])
+    monkeypatch.setattr(calls, "pause", pause)
+    calls.uring_enter = fail  # type: ignore[method-assign]
+    with pytest.raises(DiskFailed, match="io_uring_enter"):
+        channel.wait(1, 3600.0)
+    assert 0 < now[0] <= REFUSED_S + 0.1
+    assert channel.in_flight == 1
+    calls.uring_enter = entering  # type: ignore[method-assign]
+    calls.release()
+    assert [completion.error for completion in channel.wait(1, 20.0)] == [0]
 
 
 @pytest.mark.parametrize("closed", [True, False])

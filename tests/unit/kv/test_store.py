@@ -2,14 +2,17 @@
 
 import errno
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 from tests.support.disk import FailingCalls
+from tests.support.faults import Hasty
 from tests.support.stores import (
     BACKENDS,
     LOG,
@@ -32,7 +35,13 @@ from tests.support.stores import (
 from isthmus.contracts.blocks import Hint, HintKind, Lifetime, Owner, Reason, RecordKind, Shape, Tier, Want
 from isthmus.contracts.clock import SystemClock, SystemEntropy
 from isthmus.contracts.errors import DeadlineExceeded, InvalidInput, StoreCorrupt, StoreUnavailable
+from isthmus.state.kv import upkeep
 from isthmus.state.kv.arena.arena import Arena
+from isthmus.state.kv.hashing import digests_of
+from isthmus.state.kv.io.calls import Calls
+from isthmus.state.kv.io.uring import refusal
+from isthmus.state.kv.log.format import SLOT, payload_offset
+from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.scopes import Scope
 from isthmus.state.kv.settings import StoreSettings
 from isthmus.state.kv.store import Store, open_store
@@ -90,6 +99,68 @@ def test_damage_in_dram_costs_nothing_when_the_log_has_a_copy(over_log: Opened) 
     stats = over_log.store.stats()
     assert stats.counts["quarantine_dram_corrupt"] == 1
     assert stats.gauges["arena_quarantined_bytes"] == 3 * 4096
+
+
+def damage_on_disk(opened: Opened, name: object) -> None:
+    """Change one bit of a record's bytes in the log's file."""
+    log, path = opened.inner._parts.log, opened.inner.settings.path
+    assert log is not None
+    (place,) = log.locate([key_of(name)])
+    assert place is not None
+    at = log._ledger.geometry.start(place.segment) + place.slot * SLOT + payload_offset(SHAPE.chunks)
+    with Path(path).open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+        os.fsync(file.fileno())
+
+
+def test_damage_in_the_log_costs_nothing_when_dram_has_a_copy(over_log: Opened) -> None:
+    """The lease was granted when the log alone had it."""
+    store_all(over_log.store, ["x"])
+    to_log_only(over_log)
+    with over_log.store.lease([key_of("x")], 30.0) as lease:
+        assert list(lease.granted) == [Tier.NVME]
+        over_log.store.hint([Hint(HintKind.PREFETCH, [key_of("x")])])
+        assert over_log.inner.settle(SOON)
+        damage_on_disk(over_log, "x")
+        for _ in range(2):
+            outcome, data = read_under(over_log.store, lease, "x")
+            assert (outcome.reason, outcome.tier) == (Reason.HIT, Tier.DRAM)
+            assert data == payload_of("x", SHAPE.record_bytes)
+    stats = over_log.store.stats()
+    assert (stats.counts["quarantine_nvme_corrupt"], stats.counts["read_dram_hit"]) == (1, 2)
+    assert stats.gauges["leases"] == 0
+    over_log.inner._parts.dram.check()
+    over_log.inner.admin.evict(Tier.DRAM, 1 << 30, 1.0)
+    assert over_log.store.stats().tiers[0].used == 0, "no pin was left on it"
+
+
+def test_damage_everywhere_is_corrupt_then_a_miss_and_can_be_written_again(over_log: Opened) -> None:
+    store_all(over_log.store, ["x"])
+    over_log.store.flush(SOON)
+    over_log.flip("x")
+    damage_on_disk(over_log, "x")
+    assert read_one(over_log.store, "x")[0].reason is Reason.CORRUPT
+    counts = over_log.store.stats().counts
+    assert (counts["quarantine_dram_corrupt"], counts["quarantine_nvme_corrupt"]) == (1, 1)
+    assert [one.tier for one in over_log.store.match([key_of("x")])] == [None]
+    assert reasons(store_all(over_log.store, ["x"])) == [Reason.STORED]
+    assert holds(over_log.store, "x")
+
+
+def test_what_is_forgotten_while_it_is_verified_is_no_damage(alone: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_all(alone.store, ["x", "y"])
+
+    def late(data: memoryview, chunk_bytes: int) -> bytes:
+        alone.inner.admin.forget(OWNER.namespace_id)
+        return digests_of(data, chunk_bytes)
+
+    monkeypatch.setattr(upkeep, "digests_of", late)
+    checked = alone.inner.admin.verify(SOON)
+    assert (checked.dram_good, checked.dram_corrupt) == (0, 0)
+    assert "quarantine_dram_corrupt" not in alone.store.stats().counts
 
 
 def test_quarantined_memory_is_never_used_again(alone: Opened) -> None:
@@ -187,9 +258,11 @@ def test_a_leased_page_in_the_way_is_gone_around(alone: Opened) -> None:
 def test_what_is_on_its_way_to_the_log_is_spared(over_log: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     store_all(over_log.store, list(range(40)))
     over_log.store.flush(SOON)
-    durable = over_log.inner._parts.dram._durable()
+    log = over_log.inner._parts.log
+    assert log is not None
+    durable = log.durable
     store_all(over_log.store, list(range(40, 60)))
-    monkeypatch.setattr(over_log.inner._parts.dram, "_durable", lambda: durable)
+    monkeypatch.setattr(SegmentLog, "durable", property(lambda _: durable))
     over_log.inner._parts.dram._make_way(20 * 12288, SystemClock().monotonic())
     found = over_log.store.match([key_of(name) for name in range(60)])
     assert all(one.tier is Tier.DRAM for one in found[40:])
@@ -205,10 +278,10 @@ def test_what_must_not_go_yet_is_not_met_again_for_every_record(
     with BACKENDS["library_over_log"](tmp_path, msgspec.structs.replace(SETTINGS, arena_bytes=arena)) as opened:
         dram = opened.inner._parts.dram
         # What would go first (it was said to be done) is on its way to the log, and what is older is there.
-        monkeypatch.setattr(dram, "_durable", lambda: 0)
+        monkeypatch.setattr(SegmentLog, "durable", property(lambda _: 0))
         outcomes = store_all(opened.store, range(256), shape=PAGE)
         store_all(opened.store, range(256, arena // 4096), shape=PAGE, lifetime=Lifetime.SHORT)
-        monkeypatch.setattr(dram, "_durable", lambda: outcomes[-1].sequence)
+        monkeypatch.setattr(SegmentLog, "durable", property(lambda _: outcomes[-1].sequence))
         find, met = dram.arena.find, list[bytes]()
         monkeypatch.setattr(dram.arena, "find", lambda key: met.append(key) or find(key))  # type: ignore[func-returns-value]
         assert reasons(store_all(opened.store, range(10_000, 10_128), shape=PAGE)) == [Reason.STORED] * 128
@@ -461,6 +534,43 @@ def test_a_read_that_is_given_up_costs_neither_memory_nor_the_disk(tmp_path: Pat
     assert store._disk is not None
     assert store._disk.lost == 0
     open_store(settings, SystemClock(), SystemEntropy()).close()
+
+
+@pytest.mark.skipif(bool(refusal(Calls())), reason=f"NOT RUN: {refusal(Calls())}")
+@pytest.mark.parametrize("number", [errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR])
+def test_a_ring_that_is_refused_for_ever_is_given_up(tmp_path: Path, number: int) -> None:
+    """Whoever waits may do so for much longer; what the kernel says to try again is tried for some seconds."""
+    settings = msgspec.structs.replace(with_log(tmp_path, SETTINGS), disk_backend="io_uring")
+    calls = FailingCalls(clock=Hasty())
+    store = open_store(settings, SystemClock(), SystemEntropy(), calls=calls)
+    store_all(store, [1, 2, 3])
+    sequence = store.flush(SOON)
+    store.admin.evict(Tier.DRAM, 1 << 30, SOON)
+    calls.plan = lambda name, _: number if name == "uring_enter" else 0
+    (outcome,) = store_all(store, [4])
+    assert store.flush(60.0) == sequence < outcome.sequence
+    stats = store.stats()
+    assert stats.gauges["read_only"]
+    assert stats.gauges["log_write_errors"] >= 1
+    into = memoryview(bytearray(SHAPE.record_bytes))
+    with store.lease([key_of(1)], 60.0) as lease:
+        assert store.read(lease, [Want(key_of(1), SHAPE, into)], 60.0)[0].reason is Reason.IO_ERROR
+    assert store.stats().counts["read_nvme_io_error"] == 1
+    assert holds(store, 4), "what DRAM has is read from there"
+    calls.plan = lambda *_: 0
+    assert all(holds(store, name) for name in (1, 2, 3, 4)), "and what the disk has, when it can be had again"
+    store.close()
+    assert store._disk is not None
+    assert store._disk.lost == 0
+    with _reopened(settings) as again:
+        assert all(holds(again, name) for name in (1, 2, 3))
+
+
+@contextmanager
+def _reopened(settings: StoreSettings) -> Iterator[Store]:
+    store = open_store(settings, SystemClock(), SystemEntropy())
+    yield store
+    store.close()
 
 
 def test_closing_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:

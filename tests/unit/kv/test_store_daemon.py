@@ -450,6 +450,16 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         yield here
 
 
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -2.0, 1e9])
+def test_a_time_that_is_no_number_or_no_limit_breaks_the_rules(tmp_path: Path, seconds: float) -> None:
+    """A lease that never ended would keep all that end after it from ending."""
+    with house(tmp_path) as here:
+        raw = connected(here)
+        raw.connection.send(wire.LeaseAsk(1, [key_of(1)], seconds), wire.REQUEST_BYTES, SOON)
+        assert raw.ended()
+        assert here.counted("client_none_violation") == 1
+
+
 @pytest.mark.parametrize("length", [wire.REQUEST_BYTES + 1, (1 << 32) - 1])
 def test_a_frame_over_the_cap_is_not_waited_for(tmp_path: Path, length: int) -> None:
     with house(tmp_path) as here:

@@ -23,6 +23,7 @@ from isthmus.state.kv.parts import Parts, log_record
 TICK_S = 0.2
 LEAD_S = 1.0
 """How long before somebody is expected back bringing begins; earlier, by a tenth, for long waits."""
+_LONGEST_S = 86_400.0
 _BATCH = 16
 _END_S = 10.0
 
@@ -105,7 +106,8 @@ class Attendant:
             return self._changed.wait_for(lambda: not (self._queue or self._offers or self._busy), timeout_s)
 
     def _await(self, keys: Sequence[BlockKey], seconds: float) -> None:
-        when = self._parts.clock.monotonic() + max(0.0, seconds - max(LEAD_S, seconds / 10))
+        wait = min(seconds, _LONGEST_S)
+        when = self._parts.clock.monotonic() + max(0.0, wait - max(LEAD_S, wait / 10))
         with self._changed:
             full = self._due_keys + len(keys) > self._limit
             if not full:

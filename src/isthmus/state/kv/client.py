@@ -9,6 +9,7 @@ generation of their memory is still the same after the copy and the lease has no
 - a daemon that started anew shares new memory: leases of the old one are `EXPIRED`.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
@@ -35,7 +36,7 @@ from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv import wire
 from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_slice, flat
-from isthmus.state.kv.arena.crew import together
+from isthmus.state.kv.arena.crew import Crew, crew_for
 from isthmus.state.kv.lanepool import ClientSettings, LanePool, inside
 from isthmus.state.kv.lanes import Mapping
 from isthmus.state.kv.parts import capped, check_batch
@@ -82,8 +83,10 @@ class RemoteLease:
 class RemoteStore:
     """Implements `BlockStore`. Made by `open_client`. Safe to call from several threads."""
 
-    def __init__(self, pool: LanePool, clock: Clock, settings: ClientSettings) -> None:
+    def __init__(self, pool: LanePool, clock: Clock, settings: ClientSettings, crew: Crew) -> None:
+        """`crew`, which helps with copies, is closed with it."""
         self._pool = pool
+        self._crew = crew
         self._clock = clock
         self._settings = settings
         self._known = StoreStats()
@@ -103,7 +106,7 @@ class RemoteStore:
         check_batch(len(keys), MAX_BATCH, "keys")
         start = self._clock.monotonic()
         with self._pool.borrowed(start + self._settings.call_s) as lane:
-            answer = lane.ask(lambda number: wire.LeaseAsk(number, list(keys), seconds), wire.Leased)
+            answer = lane.ask(lambda number: wire.LeaseAsk(number, list(keys), wire.seconds(seconds)), wire.Leased)
             if isinstance(answer, Reason) or len(answer.given) != len(keys):
                 return RemoteLease(self, keys, None, None, start)
             return RemoteLease(self, keys, answer, lane.mapping, start + answer.seconds)
@@ -123,13 +126,13 @@ class RemoteStore:
         check_batch(len(wants), MAX_BATCH, "wants")
         if not isinstance(lease, RemoteLease):
             raise InvalidInput("the lease is not one of this store", "lease")
-        deadline = self._clock.monotonic() + timeout_s
+        deadline = self._clock.monotonic() + wire.seconds(timeout_s)
 
         def above(want: Want) -> Outcome | None:
             late = self._clock.monotonic() >= deadline
             return Outcome(Reason.LATE) if late else self._from_arena(lease, want)
 
-        outcomes = together(above, wants, sum(want.into.nbytes for want in wants))
+        outcomes = self._crew.together(above, wants, sum(want.into.nbytes for want in wants))
         lease.seen.update((one.tier, one.reason) for one in outcomes if one is not None)
         left = [index for index, one in enumerate(outcomes) if one is None]
         for index, outcome in zip(left, self._from_area(lease, [wants[at] for at in left], deadline), strict=True):
@@ -139,7 +142,7 @@ class RemoteStore:
     def write(self, puts: Sequence[Put], timeout_s: float) -> list[Outcome]:
         """See `BlockStore`. A record larger than the window is `TOO_LARGE`."""
         check_batch(len(puts), MAX_BATCH, "puts")
-        deadline = self._clock.monotonic() + timeout_s
+        deadline = self._clock.monotonic() + wire.seconds(timeout_s)
         outcomes: list[Outcome] = []
         sizes = [(put.shape.record_bytes, put.shape.chunks) for put in puts]
         for first, last in _rounds(sizes, self._settings.window_bytes):
@@ -151,7 +154,8 @@ class RemoteStore:
         kept, dropped = capped(hints)
         self._pool.counts.add("hint", None, "dropped", dropped)
         if kept:
-            self._pool.post(wire.HintAsk([wire.HintPart(one.kind, list(one.keys), one.seconds) for one in kept]))
+            parts = [wire.HintPart(one.kind, list(one.keys), wire.seconds(one.seconds)) for one in kept]
+            self._pool.post(wire.HintAsk(parts))
 
     def flush(self, timeout_s: float) -> int:
         """See `BlockStore`. 0 when the daemon did not answer."""
@@ -169,6 +173,7 @@ class RemoteStore:
     def close(self) -> None:
         """Leave. Calls under way end as `UNAVAILABLE`; so do those that follow."""
         self._pool.close()
+        self._crew.close()
 
     # Reading
 
@@ -189,7 +194,7 @@ class RemoteStore:
         start = place.offset + want.first_chunk * size
         source = mapping.regions[place.region][start : start + want.count * size]
         digests = digests_slice(place.digests, want.first_chunk, want.count)
-        good = copy_verified(source, flat(want.into), size, digests)
+        good = copy_verified(source, flat(want.into), size, digests, self._crew)
         if self._over(lease):
             return Outcome(Reason.EXPIRED, Tier.DRAM)
         if good and mapping.generations[place.page] == place.generation:
@@ -237,7 +242,7 @@ class RemoteStore:
         if result.reason is not Reason.HIT:
             return Outcome(result.reason, result.tier)
         source = area[offset : offset + want.into.nbytes]
-        good = copy_verified(source, flat(want.into), want.shape.chunk_bytes, result.digests)
+        good = copy_verified(source, flat(want.into), want.shape.chunk_bytes, result.digests, self._crew)
         if self._over(lease):
             return Outcome(Reason.EXPIRED, result.tier)
         return Outcome(Reason.HIT if good else Reason.CORRUPT, result.tier)
@@ -252,20 +257,19 @@ class RemoteStore:
                 return [Outcome(Reason.UNAVAILABLE)] * len(puts)
             sizes = [-(-put.shape.record_bytes // _ALIGN) * _ALIGN for put in puts]
             places = zip(puts, accumulate([0, *sizes[:-1]]), strict=True)
-            parts = together(lambda place: _shown(*place, lane.window), list(places), sum(sizes))
+            parts = self._crew.together(lambda place: self._shown(*place, lane.window), list(places), sum(sizes))
             within = inside(deadline - self._clock.monotonic())
             answer = lane.ask(lambda number: wire.WriteAsk(number, parts, within), wire.Results)
             if isinstance(answer, Reason) or len(answer.results) != len(puts):
                 return [Outcome(answer if isinstance(answer, Reason) else Reason.UNAVAILABLE)] * len(puts)
             return [Outcome(one.reason, one.tier, one.sequence) for one in answer.results]
 
-
-def _shown(put: Put, offset: int, window: memoryview) -> wire.PutPart:
-    """Copy a payload to its place in the window; what the daemon is told of it."""
-    target = window[offset : offset + put.shape.record_bytes]
-    digests = copy_digests(flat(put.payload), target, put.shape.chunk_bytes)
-    ids = put.owner.namespace_id, put.owner.session_id
-    return wire.PutPart(put.key, put.parent, *ids, wire.Form.of(put.shape), put.lifetime, digests, offset)
+    def _shown(self, put: Put, offset: int, window: memoryview) -> wire.PutPart:
+        """Copy a payload to its place in the window; what the daemon is told of it."""
+        target = window[offset : offset + put.shape.record_bytes]
+        digests = copy_digests(flat(put.payload), target, put.shape.chunk_bytes, self._crew)
+        ids = put.owner.namespace_id, put.owner.session_id
+        return wire.PutPart(put.key, put.parent, *ids, wire.Form.of(put.shape), put.lifetime, digests, offset)
 
 
 def _rounds(sizes: Sequence[tuple[int, int]], room: int) -> list[tuple[int, int]]:
@@ -306,4 +310,4 @@ def open_client(path: Path, clock: Clock, settings: ClientSettings | None = None
     Raises `ConfigInvalid` when the memory for its lanes is not to be had.
     """
     chosen = settings or ClientSettings()
-    return RemoteStore(LanePool(path, clock, chosen), clock, chosen)
+    return RemoteStore(LanePool(path, clock, chosen), clock, chosen, crew_for(len(os.sched_getaffinity(0))))

@@ -1,12 +1,15 @@
 """The DRAM tier: the arena, and retention that says which of its records leave it. Safe from several threads.
 
-Promises: a record that somebody reads or fills is never evicted; one whose bytes are on their way to the log is evicted
-only when nothing else would do; a tenant over its quota pays for its own records; a search for room ends (what it
-looks at is bounded). The lock is held for bookkeeping only, never for a copy, a digest or a wait.
+Promises: a record that somebody reads or fills is never evicted; one that the log has taken in, but does not find yet,
+is not evicted before the log finds it, or has not come to that within a bound (`evict_dram_unwritten` counts those:
+they are missed until they are found); one that is not durable there goes after those that are; a tenant over its quota
+pays for its own records; a search for room ends (what it looks at is bounded). The lock is held for bookkeeping only,
+never for a copy, a digest or a wait.
 """
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from isthmus.contracts.blocks import HintKind, Lifetime, Owner, Reason, Shape, Tier, TierStats
 from isthmus.contracts.clock import Clock
@@ -20,6 +23,8 @@ from isthmus.state.kv.retention.quotas import Quotas
 from isthmus.state.kv.scopes import Scope, Scopes
 from isthmus.state.kv.settings import StoreSettings
 
+PATIENCE_S = 1.0
+"""How long who needs room waits, at most, for the log to find what could make room: it takes milliseconds."""
 _ROUNDS = 4
 _AHEAD_PART = 256
 """Of the arena, which is emptied at once when there is no room: what must not go yet is met again at each search for
@@ -29,8 +34,41 @@ _NEIGHBOURS = 4096
 """Extents looked at for room in one piece, when there is enough of it in several."""
 
 
+Spare = Callable[[Record], bool]
+
+
+def _nothing(_: Record) -> bool:
+    return False
+
+
+class Below(Protocol):
+    """The log under the arena, as far as it matters to what leaves the arena (see `SegmentLog`)."""
+
+    @property
+    def durable(self) -> int:
+        """Up to which sequence its records are durable."""
+        ...
+
+    @property
+    def findable(self) -> int:
+        """Up to which sequence its records are found."""
+        ...
+
+    def await_findable(self, sequence: int, timeout_s: float) -> bool:
+        """Wait until those up to `sequence` are found; whether they are."""
+        ...
+
+
+class _OnTheirWay(Exception):
+    """There would be room, but for records that the log does not find yet: up to `sequence`."""
+
+    def __init__(self, sequence: int) -> None:
+        super().__init__(sequence)
+        self.sequence = sequence
+
+
 class Dram:
-    """The records in the arena. `durable` says up to which sequence number the log is durable."""
+    """The records in the arena. `below`: the log under it."""
 
     def __init__(
         self,
@@ -40,13 +78,13 @@ class Dram:
         *,
         scopes: Scopes,
         counts: Counts,
-        durable: Callable[[], int],
+        below: Below | None,
     ) -> None:
         self.arena = arena
         self._clock = clock
         self._scopes = scopes
         self._counts = counts
-        self._durable = durable
+        self._below = below
         self._quotas = Quotas(settings.tenant_bytes or None)
         self._retention: Retention[BlockKey] = make(settings.policy, arena.capacity, self._quotas)
         self._lock = threading.Lock()
@@ -54,9 +92,32 @@ class Dram:
         """Of records that were not worth the wear of the log when they came; they may become so."""
 
     def begin(
-        self, key: BlockKey, parent: BlockKey | None, owner: Owner, shape: Shape, lifetime: Lifetime
+        self,
+        key: BlockKey,
+        parent: BlockKey | None,
+        owner: Owner,
+        shape: Shape,
+        lifetime: Lifetime,
+        *,
+        patience_s: float = PATIENCE_S,
     ) -> Record | Reason:
-        """Room for a record, evicting what must go for it; pinned and not visible. Else why there is none."""
+        """Room for a record, evicting what must go for it; pinned and not visible. Else why there is none.
+
+        `patience_s`: how long it may wait for the log to find what could go, at most `PATIENCE_S`.
+        """
+        end = self._clock.monotonic() + min(patience_s, PATIENCE_S)
+        while True:
+            left = end - self._clock.monotonic()
+            try:
+                return self._begin(key, parent, owner, shape, lifetime, patient=left > 0)
+            except _OnTheirWay as others:
+                if self._below is not None and not self._below.await_findable(others.sequence, left):
+                    end = self._clock.monotonic()  # it cannot be written, or not in time
+
+    def _begin(
+        self, key: BlockKey, parent: BlockKey | None, owner: Owner, shape: Shape, lifetime: Lifetime, *, patient: bool
+    ) -> Record | Reason:
+        """As `begin`. Raises `_OnTheirWay` when `patient`, instead of evicting what is found nowhere else yet."""
         size = pages_of(shape.record_bytes) * PAGE_BYTES
         now = self._clock.monotonic()
         with self._lock:
@@ -69,17 +130,18 @@ class Dram:
                 return Reason.TOO_LARGE
             tenant = owner.namespace_id
             excess = self._quotas.excess(tenant, self._retention.used(tenant), size)
-            if excess and not self._make_way(excess, now, tenant):
+            if excess and not self._make_way(excess, now, tenant, patient=patient):
                 return Reason.QUOTA
             record = self.arena.begin(key, parent, owner, shape, lifetime)
             for _ in range(_ROUNDS):
                 if record is not None:
                     break
                 short = size - (self.arena.capacity - self.arena.used)
-                if short > 0 and not self._make_way(short, now, ahead=self.arena.capacity // _AHEAD_PART):
+                ahead = self.arena.capacity // _AHEAD_PART
+                if short > 0 and not self._make_way(short, now, ahead=ahead, patient=patient):
                     return Reason.FULL
                 record = self.arena.begin(key, parent, owner, shape, lifetime)
-                if record is None and not self._make_room_in_one_piece(size, now):
+                if record is None and not self._make_room_in_one_piece(size, now, patient):
                     return Reason.FULL
             if record is None:
                 return Reason.FULL
@@ -137,8 +199,10 @@ class Dram:
                 for record in records:
                     self.arena.unpin(record)
 
-    def quarantine(self, record: Record) -> None:
-        """Its bytes are not what was written: nobody finds it any more, and its memory is not used again."""
+    def quarantine(self, record: Record) -> bool:
+        """Its bytes are not what was written: nobody finds it any more, and its memory is not used again. False: it had
+        left already, and they may have been erased.
+        """
         with self._lock:
             found = record.state is State.VISIBLE
             if found:
@@ -148,19 +212,30 @@ class Dram:
                 self._counts.add("quarantine", Tier.DRAM, Reason.CORRUPT)
         if found:  # its pages are nobody else's from now on
             self.arena.erase_bytes(record)
+        return found
 
     def hint(self, kind: HintKind, keys: Sequence[BlockKey], seconds: float) -> None:
         """What is known of the future of some records."""
         with self._lock:
             self._retention.hint(keys, kind, seconds, self._clock.monotonic())
 
-    def evict(self, size: int) -> int:
-        """Evict records of at least `size` bytes, if there are so many that may go; how many bytes went."""
-        with self._lock:
-            before = self.arena.used
-            now = self._clock.monotonic()
-            self._evict(self._victims(size, now, None, lambda _: False), "asked")
-            return before - self.arena.used
+    def evict(self, size: int, timeout_s: float) -> int:
+        """Evict records of at least `size` bytes, if there are so many that may go; how many bytes went. Those that the
+        log does not find yet do not go before; they are waited for, up to `timeout_s`.
+        """
+        end = self._clock.monotonic() + timeout_s
+        gone = 0
+        while True:
+            with self._lock:
+                before, now = self.arena.used, self._clock.monotonic()
+                self._evict(self._victims(size - gone, now, None, self._unfound()), "asked")
+                gone += before - self.arena.used
+                rest = self._victims(size - gone, now, None, _nothing) if gone < size else []
+            if not rest or self._below is None or now >= end:
+                return gone
+            last = max(record.sequence for record in rest)
+            if not self._below.await_findable(last, max(0.0, end - self._clock.monotonic())):
+                return gone
 
     def take_out(self, scope: Scope) -> list[Record]:
         """Everything of the scope, pinned: nobody finds it any more, and its bytes are to be erased."""
@@ -206,19 +281,42 @@ class Dram:
             self._retention.remove(record.key)
             self.arena.remove(record)
 
-    def _make_way(self, size: int, now: float, tenant: bytes | None = None, ahead: int = 0) -> bool:
+    def _make_way(
+        self, size: int, now: float, tenant: bytes | None = None, *, ahead: int = 0, patient: bool = False
+    ) -> bool:
         """Evict `size` bytes (of one tenant); whether there was so much that may go. Only then is anything evicted, and
-        up to `ahead` bytes where nobody misses them on their way to the log.
+        up to `ahead` bytes of what is durable below. Raises `_OnTheirWay` when `patient`.
         """
-        durable = self._durable()
-        spared = self._victims(max(size, ahead), now, tenant, lambda record: record.sequence > durable)
-        victims = spared if _bytes(spared) >= size else self._victims(size, now, tenant, lambda _: False)
+        victims = self._victims(max(size, ahead), now, tenant, self._undurable())
         if _bytes(victims) < size:
-            return False
+            victims = self._victims(size, now, tenant, self._unfound())
+        if _bytes(victims) < size:
+            victims = self._victims(size, now, tenant, _nothing)
+            if _bytes(victims) < size:
+                return False
+            self._give_up_waiting(victims, patient)
         self._evict(victims, "evicted")
         return True
 
-    def _victims(self, size: int, now: float, tenant: bytes | None, spare: Callable[[Record], bool]) -> list[Record]:
+    def _undurable(self) -> Spare:
+        durable = 0 if self._below is None else self._below.durable
+        return lambda record: record.sequence > durable
+
+    def _unfound(self) -> Spare:
+        """Which records the log was given, and does not find yet."""
+        if self._below is None:
+            return _nothing
+        findable = self._below.findable
+        return lambda record: record.sequence > findable
+
+    def _give_up_waiting(self, victims: Sequence[Record], patient: bool) -> None:
+        """Some of `victims` may not be found yet: raises `_OnTheirWay` when `patient`, or counts them."""
+        unfound = [record.sequence for record in filter(self._unfound(), victims)]
+        if unfound and patient:
+            raise _OnTheirWay(max(unfound))
+        self._counts.add("evict", Tier.DRAM, "unwritten", len(unfound))
+
+    def _victims(self, size: int, now: float, tenant: bytes | None, spare: Spare) -> list[Record]:
         """Records of `size` bytes, or fewer if that is all, that may go: none pinned and none to `spare`."""
 
         def held(key: BlockKey) -> bool:
@@ -228,10 +326,17 @@ class Dram:
         found = [self.arena.find(key) for key in self._retention.victims(size, now, held, tenant)]
         return [record for record in found if record is not None]
 
-    def _make_room_in_one_piece(self, size: int, now: float) -> bool:
-        """There is room enough, but scattered: evict neighbours of what would go first until it is in one piece."""
-        first = self._victims(1, now, None, lambda _: False)
-        around = self.arena.around(first[0], size, _NEIGHBOURS) if first else []
+    def _make_room_in_one_piece(self, size: int, now: float, patient: bool) -> bool:
+        """There is room enough, but scattered: evict neighbours of what would go first until it is in one piece. Raises
+        `_OnTheirWay` when `patient`.
+        """
+        first = self._victims(1, now, None, _nothing)
+        if not first:
+            return False
+        around = self.arena.around(first[0], size, _NEIGHBOURS, self._unfound())
+        if not around:
+            around = self.arena.around(first[0], size, _NEIGHBOURS)
+            self._give_up_waiting(around, patient)
         self._evict(around, "moved_over")
         return bool(around)
 

@@ -67,7 +67,8 @@ class ClientSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def inside(timeout_s: float) -> float:
     """What the daemon may take of a call's limit, so that its answer still comes in time."""
-    return max(0.0, timeout_s - min(_ANSWER_S, timeout_s / 10))
+    limit = wire.seconds(timeout_s)
+    return max(0.0, limit - min(_ANSWER_S, limit / 10))
 
 
 class Borrowed:
@@ -131,7 +132,7 @@ class LanePool:
 
     def ask(self, make: Callable[[int], wire.Asked], kind: type[A], timeout_s: float) -> A | Reason:
         """The answer to one request, on any lane."""
-        with self.borrowed(self._clock.monotonic() + timeout_s) as lane:
+        with self.borrowed(self._clock.monotonic() + wire.seconds(timeout_s)) as lane:
             return lane.ask(make, kind)
 
     @contextmanager

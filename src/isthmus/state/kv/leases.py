@@ -56,7 +56,7 @@ class LeaseTable(Generic[T]):
         if self.full:
             raise InvalidInput(f"there are {self._max_leases} leases already", "max_leases")
         self._last += 1
-        length = min(max(seconds, 0.0), self._max_seconds)
+        length = min(max(0.0, seconds), self._max_seconds)  # in this order what is no number is 0, not for ever
         lease = Granted(self._last, holder, tuple(pins), now, now + length)
         self._live[lease.number] = lease
         heapq.heappush(self._deadlines, (lease.deadline, lease.number))

@@ -7,6 +7,7 @@ from isthmus.contracts.blocks import MAX_BATCH, Hint
 from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import InvalidInput
 from isthmus.state.kv.arena.arena import Arena, Record
+from isthmus.state.kv.arena.crew import Crew
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.dram import Dram
 from isthmus.state.kv.log.log import SegmentLog
@@ -20,7 +21,7 @@ MOST_HINTED = 4 * MAX_BATCH
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The tiers and the accounts of one store. `log` None: nothing lies under the arena."""
+    """The tiers and the accounts of one store. `log` None: nothing lies under the arena. `crew` helps with copies."""
 
     settings: StoreSettings
     clock: Clock
@@ -28,10 +29,11 @@ class Parts:
     scopes: Scopes
     dram: Dram
     log: SegmentLog | None
+    crew: Crew
 
     def until(self, timeout_s: float) -> float:
         """When a call that may take `timeout_s` has to end, on the monotonic clock."""
-        return self.clock.monotonic() + min(max(timeout_s, 0.0), self.settings.call_s)
+        return self.clock.monotonic() + min(max(0.0, timeout_s), self.settings.call_s)
 
     def left(self, deadline: float) -> float:
         """Seconds until then; not negative."""

@@ -1,5 +1,9 @@
 """Leases on records, and verified reads under them.
 
+A copy that is not what was written is taken out of use (and counted: `quarantine_*`), and every other copy of the
+record is tried before a read says so: from the arena to the log, from one record of the log to another (lookup.py), and
+from the log to what the arena was given meanwhile.
+
 A read looks at the lease again after its copy: what was pinned by a lease that has ended meanwhile may have been
 overwritten while it was copied, so it is `EXPIRED` whatever the digests say.
 """
@@ -14,15 +18,16 @@ from isthmus.contracts.errors import InvalidInput
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.arena.copying import flat
-from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.leases import Granted, LeaseTable
+from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.records import Location, LogRead
 from isthmus.state.kv.parts import Parts, check_batch
 
 LOCAL = 0
 """The holder of leases within this process."""
 _HIT = Outcome(Reason.HIT, Tier.DRAM)
+_NO_GOOD = frozenset({Reason.CORRUPT, Reason.IO_ERROR})
 
 Pin = Record | Location
 
@@ -157,13 +162,15 @@ class Reader:
             late = self._parts.clock.monotonic() >= deadline
             return Outcome(Reason.LATE) if late else self._from_arena(lease, want)
 
-        found_above = together(above, wants, sum(want.into.nbytes for want in wants))
+        found_above = self._parts.crew.together(above, wants, sum(want.into.nbytes for want in wants))
         below = [at for at, one in enumerate(found_above) if one is None or one.reason is Reason.CORRUPT]
         outcomes = [one or Outcome(Reason.ABSENT) for one in found_above]
         if below and self._parts.log is not None:
             found = self._from_log(lease, [wants[index] for index in below], deadline)
             for index, outcome in zip(below, found, strict=True):
                 outcomes[index] = outcome or outcomes[index]
+                if outcomes[index].reason in _NO_GOOD:
+                    outcomes[index] = self._from_newer(lease, wants[index]) or outcomes[index]
         self._parts.counts.add_outcomes("read", outcomes)
         return outcomes
 
@@ -197,7 +204,7 @@ class Reader:
         reads: list[tuple[int, LogRead]] = []
         for index, want in enumerate(wants):
             pin = lease.pins[lease.places[want.key]]
-            location = pin if isinstance(pin, Location) else log.locate([want.key])[0]
+            location = pin if isinstance(pin, Location) else self._below(log, pin, want, deadline)
             if location is not None:
                 reads.append((index, LogRead(location, want)))
         outcomes = log.read([read for _, read in reads], self._parts.left(deadline))
@@ -206,6 +213,33 @@ class Reader:
             found[index] = Outcome(Reason.EXPIRED, Tier.NVME) if over else outcome
         self._attendant.read_below([wants[at].key for at, one in enumerate(found) if one and one.reason is Reason.HIT])
         return found
+
+    def _below(self, log: SegmentLog, pin: Pin | None, want: Want, deadline: float) -> Location | None:
+        """Where the log has what was damaged in the arena. It may be on its way there just now."""
+        (found,) = log.locate([want.key])
+        if found is None and isinstance(pin, Record) and pin.sequence > log.findable:
+            log.await_findable(pin.sequence, self._parts.left(deadline))
+            (found,) = log.locate([want.key])
+        return found
+
+    def _from_newer(self, lease: StoreLease, want: Want) -> Outcome | None:
+        """A read from the arena of what was not there when the lease was granted; None: it is not there now either."""
+        dram = self._parts.dram
+        (record,) = dram.pin([want.key])
+        if record is None:
+            return None
+        try:
+            good = record.shape == want.shape and dram.arena.fetch(
+                record, want.first_chunk, want.count, flat(want.into)
+            )
+            visible = record.state is State.VISIBLE
+            if not good and visible and record.shape == want.shape:
+                dram.quarantine(record)
+        finally:
+            dram.unpin([record])
+        if self._over(lease):
+            return Outcome(Reason.EXPIRED, Tier.DRAM)
+        return _HIT if good and visible else None
 
     def _over(self, lease: StoreLease) -> bool:
         return lease.ended or self._parts.clock.monotonic() >= lease.deadline

@@ -12,6 +12,7 @@ before a restart) and the log's copy is tried;
 Safe to call from several threads. No lock is held while bytes are copied, hashed, read or written.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,7 @@ from isthmus.contracts.blocks import (
 from isthmus.contracts.clock import Clock, Entropy
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Arena
+from isthmus.state.kv.arena.crew import crew_for
 from isthmus.state.kv.arena.memory import create_arena
 from isthmus.state.kv.attendant import Attendant
 from isthmus.state.kv.counting import Counts
@@ -132,7 +134,7 @@ class Store:
     def flush(self, timeout_s: float) -> int:
         """See `BlockStore`."""
         log = self._parts.log
-        return 0 if log is None else log.flush(min(max(timeout_s, 0.0), self.settings.call_s))
+        return 0 if log is None else log.flush(min(max(0.0, timeout_s), self.settings.call_s))
 
     def stats(self) -> StoreStats:
         """See `BlockStore`."""
@@ -150,7 +152,7 @@ class Store:
         return StoreStats(
             epoch=arena.epoch,
             tiers=tuple(tiers),
-            counts=self.counts.snapshot(),
+            counts=self.counts.snapshot() | _quarantined(below),
             gauges=gauges,
             sequence=below.sequence,
             durable=below.durable,
@@ -183,18 +185,19 @@ def open_store(settings: StoreSettings, clock: Clock, entropy: Entropy, *, calls
     with ExitStack() as stack:
         memory = create_arena(settings.arena_bytes, settings.region_bytes)
         stack.callback(memory.close)
+        crew = crew_for(len(os.sched_getaffinity(0)))
+        stack.callback(crew.close)
         disk: Disk | None = None
         log: SegmentLog | None = None
         if settings.path and settings.log is not None:
             path, capacity = Path(settings.path), settings.log.capacity
             disk = open_disk(path, capacity=capacity, create=True, backend=settings.disk_backend, calls=calls)
             stack.callback(disk.close)
-            log = open_log(disk, settings.log, clock, entropy)
+            log = open_log(disk, settings.log, clock, entropy, crew=crew)
             stack.callback(log.close)
         scopes = Scopes(clock, _erasures(log))
-        durable = (lambda: 0) if log is None else (lambda: log.durable)
-        dram = Dram(Arena(memory, entropy), settings, clock, scopes=scopes, counts=counts, durable=durable)
-        return Store(Parts(settings, clock, counts, scopes, dram, log), disk, stack.pop_all())
+        dram = Dram(Arena(memory, entropy, crew), settings, clock, scopes=scopes, counts=counts, below=log)
+        return Store(Parts(settings, clock, counts, scopes, dram, log, crew), disk, stack.pop_all())
 
 
 def _erasures(log: SegmentLog | None) -> list[Erasure]:
@@ -206,6 +209,12 @@ def _erasures(log: SegmentLog | None) -> list[Erasure]:
         for one in log.erasures
         if one.scope.namespace_id
     ]
+
+
+def _quarantined(stats: LogStats) -> dict[str, int]:
+    """Of the log, by the name that those of the arena have."""
+    count = stats.counts.get("quarantined", 0)
+    return {"quarantine_nvme_corrupt": count} if count else {}
 
 
 def _gauges(stats: LogStats) -> dict[str, float]:

@@ -97,7 +97,7 @@ class Upkeep:
     def evict(self, tier: Tier, size: int, timeout_s: float) -> int:
         """Evict at least `size` bytes from a tier, or all that may go; how many bytes went."""
         if tier is Tier.DRAM:
-            return self.parts.dram.evict(size)
+            return self.parts.dram.evict(size, timeout_s)
         if tier is Tier.NVME and self.parts.log is not None:
             return self.parts.log.evict(size, timeout_s)
         raise InvalidInput(f"this store has no tier {tier}", "tier")
@@ -115,8 +115,7 @@ class Upkeep:
         try:
             if digests_of(dram.arena.view(pinned), pinned.shape.chunk_bytes) == pinned.digests:
                 return True
-            dram.quarantine(pinned)
-            return False
+            return False if dram.quarantine(pinned) else None
         finally:
             dram.unpin([pinned])
 

@@ -53,6 +53,8 @@ DETAIL_BYTES = 4 << 20
 MAX_WINDOW_BYTES = 1 << 30
 MAX_REGIONS = 65_536
 MAX_LISTED = 1024
+MAX_SECONDS = 86_400.0
+"""Limits of calls, leases and hints in a frame. Within it there is nothing that is no number, and no wait overflows."""
 
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Id = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
@@ -63,7 +65,13 @@ Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Chunks = Annotated[int, Meta(ge=1, le=MAX_CHUNKS)]
 Size = Annotated[int, Meta(ge=1, le=MAX_RECORD_BYTES)]
 Offset = Annotated[int, Meta(ge=0, le=MAX_WINDOW_BYTES)]
+Seconds = Annotated[float, Meta(ge=-1.0, le=MAX_SECONDS)]
 Text = Annotated[str, Meta(max_length=1024)]
+
+
+def seconds(value: float) -> float:
+    """`value` as it may be said in a frame: what is no number is in the past, for ever is a day."""
+    return min(max(-1.0, value), MAX_SECONDS)
 
 
 def derive_token(secret: bytes, role: str) -> bytes:
@@ -152,7 +160,7 @@ class HintPart(msgspec.Struct, frozen=True, array_like=True):
 
     kind: HintKind
     keys: Keys
-    seconds: float
+    seconds: Seconds
 
 
 class Seen(msgspec.Struct, frozen=True, array_like=True):
@@ -175,7 +183,7 @@ class LeaseAsk(msgspec.Struct, frozen=True, tag="lease"):
 
     number: int
     keys: Keys
-    seconds: float
+    seconds: Seconds
 
 
 class Release(msgspec.Struct, frozen=True, tag="release"):
@@ -191,7 +199,7 @@ class ReadAsk(msgspec.Struct, frozen=True, tag="read"):
     number: int
     lease: int
     wants: Annotated[list[WantPart], Meta(max_length=MAX_BATCH)]
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class WriteAsk(msgspec.Struct, frozen=True, tag="write"):
@@ -199,7 +207,7 @@ class WriteAsk(msgspec.Struct, frozen=True, tag="write"):
 
     number: int
     puts: Annotated[list[PutPart], Meta(max_length=MAX_BATCH)]
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class HintAsk(msgspec.Struct, frozen=True, tag="hint"):
@@ -212,7 +220,7 @@ class FlushAsk(msgspec.Struct, frozen=True, tag="flush"):
     """`BlockStore.flush`."""
 
     number: int
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class StatsAsk(msgspec.Struct, frozen=True, tag="stats"):
@@ -235,21 +243,21 @@ class EvictAsk(msgspec.Struct, frozen=True, tag="evict"):
     number: int
     tier: Tier
     size: Count
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class VerifyAsk(msgspec.Struct, frozen=True, tag="verify"):
     """Verify everything that is kept, for at most `timeout_s`."""
 
     number: int
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class CompactAsk(msgspec.Struct, frozen=True, tag="compact"):
     """Rewrite what is left of segments that hold little."""
 
     number: int
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class ListAsk(msgspec.Struct, frozen=True, tag="list"):

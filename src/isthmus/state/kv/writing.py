@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from isthmus.contracts.blocks import MAX_BATCH, Outcome, Put, Reason, Tier
 from isthmus.state.kv.arena.arena import Record
 from isthmus.state.kv.arena.copying import flat
-from isthmus.state.kv.arena.crew import together
 from isthmus.state.kv.parts import Parts, check_batch, log_record
 
 SLICE_BYTES = 4 << 20
@@ -47,14 +46,15 @@ class Writer:
         kept: list[tuple[int, Record]] = []
 
         def take(index: int) -> None:
-            found = self._take(puts[index], expected[index])
+            found = self._take(puts[index], expected[index], self.parts.left(deadline))
             if isinstance(found, Record):
                 kept.append((index, found))
             outcomes[index] = Outcome(Reason.STORED if isinstance(found, Record) else found, Tier.DRAM)
 
         try:
             missing = [index for index, place in enumerate(below) if place is None]
-            together(take, missing, sum(puts[index].shape.record_bytes for index in missing))
+            size = sum(puts[index].shape.record_bytes for index in missing)
+            self.parts.crew.together(take, missing, size)
             kept.sort(key=lambda one: one[0])
             for index, outcome in self._append(kept, deadline):
                 outcomes[index] = outcome
@@ -82,10 +82,10 @@ class Writer:
                     found.append((index, Outcome(Reason.STORED, Tier.DRAM)))
         return found
 
-    def _take(self, put: Put, expected: bytes) -> Record | Reason:
-        """The record, visible and pinned; else why not."""
+    def _take(self, put: Put, expected: bytes, patience_s: float) -> Record | Reason:
+        """The record, visible and pinned; else why not. May wait for room as `Dram.begin` does."""
         dram = self.parts.dram
-        record = dram.begin(put.key, put.parent, put.owner, put.shape, put.lifetime)
+        record = dram.begin(put.key, put.parent, put.owner, put.shape, put.lifetime, patience_s=patience_s)
         if isinstance(record, Reason):
             return record
         complete = False

@@ -11,6 +11,7 @@ from isthmus.contracts.blocks import Owner, Reason
 from isthmus.contracts.errors import StoreError
 from isthmus.state.kv.log.erasure import Scope
 from isthmus.state.kv.log.format import RECORD_HEADER, SECTOR, SLOT, payload_offset
+from isthmus.state.kv.log.ledger import location_of, segment_and_slot
 
 
 def filled(seed: int = 0) -> World:
@@ -74,6 +75,92 @@ def test_a_damaged_record_is_quarantined_and_counted() -> None:
     stats = world.log.stats()
     assert (stats.counts["quarantined"], stats.counts["read_corrupt"], stats.records) == (1, 1, 1)
     assert read(world.log, record(key_of(2)))[0].reason is Reason.HIT
+
+
+def copies(world: World, *times: int) -> list[int]:
+    """Put a record, once for each of `times`, in which other records are put before it; where its copies lie."""
+    for count in times:
+        world.put(*(record(key_of(1000 * count + number)) for number in range(count)))
+        world.put(record(key_of(1)))
+        world.settle()
+    return world.log._ledger.index.candidates(key_of(1))
+
+
+def damage(world: World, at: int) -> None:
+    """Change a byte of the payload of the record of one chunk at a location of the index."""
+    index, slot = segment_and_slot(at)
+    world.disk.view[world.log._ledger.geometry.start(index) + slot * SLOT + payload_offset(1) + 99] ^= 1
+
+
+@pytest.mark.parametrize("damaged", [{0}, {1}, {0, 2}, {1, 2}])
+def test_one_good_copy_is_enough(damaged: set[int]) -> None:
+    world = World()
+    places = copies(world, 1, 2, 3)
+    assert len(places) == 3
+    for number in damaged:
+        damage(world, places[number])
+    target = record(key_of(1))
+    for _ in range(3):
+        outcome, data = read(world.log, target)
+        assert outcome.reason is Reason.HIT
+        assert data == bytes(target.payload)
+    # Those before the good one were met, and are not met again.
+    met = len([number for number in damaged if number < min({0, 1, 2} - damaged)])
+    stats = world.log.stats()
+    assert stats.counts.get("quarantined", 0) == met
+    assert stats.counts["read_hit"] == 3
+    assert world.log._ledger.index.candidates(key_of(1)) == places[met:]
+    world.log.check()
+
+
+def test_with_no_good_copy_it_is_corrupt_once_and_then_a_miss() -> None:
+    world = World()
+    for at in copies(world, 1, 2):
+        damage(world, at)
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.CORRUPT
+    assert world.log.stats().counts["quarantined"] == 2
+    assert world.log.locate([key_of(1)]) == [None]
+
+
+def test_a_copy_that_cannot_be_read_costs_nothing_beside_one_that_can() -> None:
+    world = World()
+    places = copies(world, 1, 2)
+    world.disk.fail("read", 1)
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.HIT
+    assert world.disk.failed == [("read", world.disk.failed[0][1])]
+    assert world.log._ledger.index.candidates(key_of(1)) == places
+    world.disk.fail_always("read")
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.IO_ERROR
+    world.disk.heal()
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.HIT
+
+
+def test_a_forgotten_copy_that_is_still_found_does_not_hide_what_was_written_since() -> None:
+    world = World()
+    (old,) = copies(world, 1)
+    world.forget(Scope.of_key(key_of(1)))
+    (new,) = copies(world, 2)
+    world.log._ledger.index.add(key_of(1), old)  # as where a directory could not be read
+    assert world.log._ledger.index.candidates(key_of(1)) == [old, new]
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.HIT
+
+
+def test_another_key_with_the_same_fingerprint_makes_no_damage_good() -> None:
+    world = World()
+    (at,) = copies(world, 1)
+    other = world.log.locate([key_of(1000)])[0]
+    assert other is not None
+    world.log._ledger.index.add(key_of(1), location_of(other.segment, other.slot))
+    damage(world, at)
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.CORRUPT
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.ABSENT
+
+
+def test_a_record_of_another_shape_makes_no_damage_good() -> None:
+    world = World()
+    world.put(record(key_of(1), 500))
+    damage(world, copies(world, 1)[0])  # the one that is looked at first
+    assert read(world.log, record(key_of(1)))[0].reason is Reason.CORRUPT
 
 
 @pytest.mark.parametrize("chunk", range(4))

@@ -50,6 +50,35 @@ def test_a_disk_that_never_answers_makes_nobody_wait_longer_than_told() -> None:
     world.disk.stall = None
 
 
+def test_writes_that_cannot_be_heard_of_are_not_asked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.put(record(key_of(1)))
+    world.settle()
+    writer, waits = world.log._driver._writer, 0  # type: ignore[attr-defined]
+    waiting = writer._channel.wait
+
+    def fail(*_: object) -> None:
+        nonlocal waits
+        waits += 1
+        raise DiskFailed("io_uring_enter", errno.EBADF)
+
+    monkeypatch.setattr(writer._channel, "wait", fail)
+    sequence = world.put(record(key_of(2), 9000))[0].sequence
+    assert world.log.flush(1.0) < sequence
+    stats = world.log.stats()
+    assert "io_uring_enter" in stats.read_only
+    assert writer.in_flight, "a wait that failed once may not do so again"
+    world.run(1.0)
+    assert stats.counts["write_errors"] == 1
+    assert waits
+    assert writer._channel.in_flight
+    assert not writer.in_flight, "who ends does not wait for them"
+    assert world.put(record(key_of(3)))[0].reason is Reason.IO_ERROR
+    monkeypatch.setattr(writer._channel, "wait", waiting)
+    world.run(0.1)
+    assert read(world.log, record(key_of(2), 9000))[0].reason is Reason.HIT
+
+
 def test_after_a_stall_it_goes_on() -> None:
     world = World()
     first = [record(key_of(number), 3000) for number in range(10)]

@@ -22,6 +22,7 @@ from tests.support.sim_disk import SimDisk
 from isthmus.contracts.blocks import MAX_BATCH, Lifetime, Outcome, Owner, Reason, Tier, Want
 from isthmus.contracts.errors import InvalidInput, TooLarge
 from isthmus.contracts.keys import BlockKey
+from isthmus.state.kv.log import lookup, reader
 from isthmus.state.kv.log.format import SECTOR, record_span
 from isthmus.state.kv.log.records import Location, LogRead, LogRecord, Verified
 from isthmus.state.kv.log.segments import State
@@ -398,3 +399,42 @@ def test_time_is_the_clock_s() -> None:
     before = world.clock.monotonic()
     world.run(10 * TICK_S)
     assert world.clock.monotonic() >= before + 10 * TICK_S
+
+
+def test_a_read_that_raises_leaves_no_segment_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    records = [record(key_of(number)) for number in range(3)]
+    world.put(*records)
+    world.settle()
+    made = lookup.Task
+
+    def fail_at_the_second(want: Want, *values: int) -> object:
+        if want.key == records[1].key:
+            raise MemoryError
+        return made(want, *values)
+
+    monkeypatch.setattr(lookup, "Task", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        read_all(world.log, records)
+    assert world.log.stats().pins == 0
+
+
+def test_a_batch_that_raises_leaves_nothing_in_flight_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    records = [record(key_of(number), 9000) for number in range(12)]
+    world.put(*records)
+    world.settle()
+    taking = reader._take_in
+
+    def fail(*_: object) -> None:
+        raise ValueError("as of a buffer that its owner has released")
+
+    monkeypatch.setattr(reader, "_take_in", fail)
+    with pytest.raises(ValueError, match="released"):
+        read_all(world.log, records)
+    monkeypatch.setattr(reader, "_take_in", taking)
+    world.run(0.1)
+    for one, (outcome, data) in zip(records, read_all(world.log, records).values(), strict=True):
+        assert outcome.reason is Reason.HIT
+        assert data == bytes(one.payload)
+    assert world.log.stats().pins == 0

@@ -152,7 +152,7 @@ class Erased(_Value, frozen=True):
 
 
 class Lost(_Value, frozen=True):
-    """The process that pages is gone; what it was doing has ended as unavailable."""
+    """The process (or the threads) that paged is gone; what it was doing ends as unavailable."""
 
 
 Job = Look | Load | Keep | Notice | Cancel

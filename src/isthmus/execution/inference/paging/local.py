@@ -6,21 +6,31 @@ from isthmus.contracts.blocks import BlockStore, Hint
 from isthmus.contracts.clock import Clock
 from isthmus.execution.inference.batch import Runner
 from isthmus.execution.inference.paging.inbox import Inbox
-from isthmus.execution.inference.paging.jobs import Arrivals, Cancel, Event, Keep, Load, Look, Notice
+from isthmus.execution.inference.paging.jobs import Arrivals, Cancel, Event, Keep, Load, Look, Lost, Notice
 from isthmus.execution.inference.paging.memory import RunnerMemory, shapes
 from isthmus.execution.inference.paging.pager import PagerThreads
 from isthmus.execution.inference.paging.settings import PagingSettings
 
 
 class LocalPager:
-    """Implements `jobs.Pager`. `wake` is called, from any thread, when `take` has something."""
+    """Implements `jobs.Pager`. `wake` is called, from any thread, when `take` has something.
+
+    Once it is gone (see pager.py) it stays so, is counted (`pager_lost`), and requests compute: what went wrong may be
+    in this process's memory, which another one would share.
+    """
 
     def __init__(
         self, store: BlockStore, runner: Runner, settings: PagingSettings, clock: Clock, *, wake: Callable[[], None]
     ) -> None:
         self._inbox = Inbox(wake)
         self.threads = PagerThreads(
-            store, RunnerMemory(runner), shapes(runner.info), settings, clock, told=self._inbox.tell
+            store,
+            RunnerMemory(runner),
+            shapes(runner.info),
+            settings,
+            clock,
+            told=self._inbox.tell,
+            gone=lambda: self._inbox.tell([Lost()]),
         )
 
     def look(self, job: Look) -> None:

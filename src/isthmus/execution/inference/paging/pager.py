@@ -5,13 +5,16 @@ jobs from a bounded queue, and every job ends with one event within the store's 
 where they lie, beside running steps: the scheduler leases what they touch, so no step does (policy.py). Where the
 processor cannot address the device's memory, the runner copies between its steps.
 
+A store never raises. Should anything be raised all the same, nobody knows what state it was left in, so nothing goes
+on: the pager is gone. Every job that it was given ends as unavailable once nothing of it writes to the device any more,
+and so does every later one.
+
 They run in a process of their own (remote.py, serving.py), or beside the engine where memory cannot be shared
 (local.py).
 """
 
 import queue
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -83,36 +86,50 @@ class PagerThreads:
         clock: Clock,
         *,
         told: Told,
+        gone: Callable[[], None],
         heard: int = -1,
     ) -> None:
-        """`heard`: the number of the last erasure that the engine knows of; -1: it holds no state yet."""
+        """`gone` is called, once, when something was raised, after the ends of the jobs were told. `heard`: the number
+        of the last erasure that the engine knows of; -1: it holds no state yet.
+        """
         self._store, self._memory, self._shapes = store, memory, shapes
-        self._settings, self._clock, self._told = settings, clock, told
+        self._settings, self._clock, self._told, self._gone = settings, clock, told, gone
         self._looks: queue.Queue[Look | None] = queue.Queue(MAX_LOOKS)
         self._loads: queue.Queue[Load | None] = queue.Queue()  # bounded by max_loading
         self._keeps: queue.Queue[Keep | Notice | _Mark | None] = queue.Queue()  # bounded by keep_bytes and MAX_NOTICES
+        forms = (shapes.block,) if shapes.state is None else (shapes.block, shapes.state)
+        self._sizes = {form.kind: form.record_bytes for form in forms}
         self._wanted: dict[int, bool] = {}
         """Loads that have not ended, by their serial: False once cancelled."""
         self._heard, self._epoch = heard, b""
-        self._closing = False
+        self._closing = self._broken = False
+        self._lock = threading.Lock()
+        """Whoever queues a job holds it, so that none is queued after the last ones were taken out."""
         targets = {"look": self._look_loop, "load": self._load_loop, "keep": self._keep_loop}
         self._threads = [
-            threading.Thread(target=run, name=f"isthmus-{name}", daemon=True) for name, run in targets.items()
+            threading.Thread(target=self._run, args=(loop,), name=f"isthmus-{name}", daemon=True)
+            for name, loop in targets.items()
         ]
         for thread in self._threads:
             thread.start()
 
     def do(self, job: Job) -> None:
         """Have a job done. With too many looks in the queue the answer is that nothing is there; with too many hints
-        one is dropped: they are advice.
+        one is dropped: they are advice. With the pager gone nothing is done.
         """
+        with self._lock:
+            events = unavailable(job) if self._broken else self._queue(job)
+        if events:
+            self._told(events)
+
+    def _queue(self, job: Job) -> list[Event]:
         match job:
             case Look():
                 try:
                     self._looks.put_nowait(job)
                 except queue.Full:
                     nowhere = [None] * len(job.keys), [None] * len(job.states)
-                    self._told([Found(job.serial, *nowhere, Reason.FULL)])
+                    return [Found(job.serial, *nowhere, Reason.FULL)]
             case Load():
                 self._wanted[job.serial] = True
                 self._loads.put(job)
@@ -124,6 +141,7 @@ class PagerThreads:
             case Notice():
                 if self._keeps.qsize() < MAX_NOTICES:
                     self._keeps.put(job)
+        return []
 
     @property
     def alive(self) -> bool:
@@ -133,9 +151,8 @@ class PagerThreads:
     def close(self, timeout_s: float = WRITE_S) -> None:
         """End the threads after what they are doing; what waits is not done."""
         self._closing = True
-        _end(self._looks)
-        _end(self._loads)
-        _end(self._keeps)
+        with self._lock:
+            self._take_out()
         for thread in self._threads:
             thread.join(timeout_s)
 
@@ -143,27 +160,67 @@ class PagerThreads:
         """Wait until what was written behind so far is durable; the store's watermark."""
         done = threading.Event()
         end = self._clock.monotonic() + timeout_s
-        self._keeps.put(_Mark(done))
-        done.wait(timeout_s)
+        with self._lock:
+            if not self._broken:
+                self._keeps.put(_Mark(done))
+        if not self._broken:
+            done.wait(timeout_s)
         return self._store.flush(max(0.0, end - self._clock.monotonic()))
 
-    def _guarded(self, jobs: Sequence[Job], do: Callable[[], Sequence[Event]]) -> None:
-        """Do `jobs` and tell what came of them: that they are over, also when something went wrong that nobody foresaw
-        (it is on standard error). A request must not wait for ever for a thread that has ended.
-        """
+    # ---- a thread, and its end
+
+    def _run(self, loop: Callable[[], None]) -> None:
+        ended = False
+        try:
+            loop()
+            ended = True
+        finally:  # what was raised goes on: to standard error
+            if not ended:
+                self._break(())
+
+    def _do(self, jobs: Sequence[Job], do: Callable[[], Sequence[Event]]) -> None:
+        """Do `jobs` and tell what came of them."""
+        events: Sequence[Event] | None = None
         try:
             events = do()
-        except Exception:  # noqa: BLE001 - whatever it is
-            traceback.print_exc()
-            events = [end for job in jobs for end in unavailable(job)]
+        finally:
+            if events is None:
+                self._break(jobs)
         if events:
             self._told(events)
+
+    def _break(self, jobs: Sequence[Job]) -> None:
+        """The pager is gone: end `jobs`, which the calling thread was doing, and those that wait. What another thread
+        is doing ends by itself, within the store's limits, and that thread then ends, too.
+        """
+        with self._lock:
+            first, self._broken = not self._broken, True
+            self._closing = True
+            waiting = self._take_out()
+        try:
+            events = [end for job in (*jobs, *waiting) for end in unavailable(job)]
+            if events:
+                self._told(events)
+        finally:
+            if first:
+                self._gone()
+
+    def _take_out(self) -> list[Job]:
+        """Take out of the queues what waits, and have their threads end. The caller holds the lock."""
+        waiting: list[Job] = []
+        for one in (_end(self._looks), _end(self._loads), _end(self._keeps)):
+            for job in one:
+                if isinstance(job, _Mark):
+                    job.done.set()
+                else:
+                    waiting.append(job)
+        return waiting
 
     # ---- looking
 
     def _look_loop(self) -> None:
         for job in _jobs(self._looks):
-            self._guarded([job], partial(self._look, job))
+            self._do([job], partial(self._look, job))
 
     def _look(self, job: Look) -> list[Event]:
         tiers = [match.tier for match in self._match([*job.keys, *job.states])]
@@ -180,7 +237,7 @@ class PagerThreads:
 
     def _load_loop(self) -> None:
         for job in _jobs(self._loads):
-            self._guarded([job], partial(self._loaded, job))
+            self._do([job], partial(self._loaded, job))
 
     def _loaded(self, job: Load) -> list[Event]:
         try:
@@ -260,11 +317,11 @@ class PagerThreads:
             jobs = self._next_keeps()
             if jobs is None:
                 return
-            self._guarded(jobs, partial(self._write, jobs))
+            self._do(jobs, partial(self._write, jobs))
             now = self._clock.monotonic()
             if now - heard >= POLL_S:
                 heard = now
-                self._guarded([], self._hear)
+                self._do([], self._hear)
 
     def _next_keeps(self) -> list[Keep] | None:
         """The next jobs that go together, none when nothing came for a while; None at the end."""
@@ -276,17 +333,20 @@ class PagerThreads:
             except queue.Empty:
                 return jobs
             match job:
-                case None:
-                    return None
+                case None:  # after what it has
+                    self._keeps.put(None)
+                    return jobs or None
                 case Keep():
                     jobs.append(job)
-                    size += self._shapes.of(job.kind).record_bytes
+                    size += self._sizes.get(job.kind, 0)
                 case Notice():
-                    self._guarded([], partial(self._hint, job.hint))
+                    self._do(jobs, partial(self._hint, job.hint))
                 case _Mark():
-                    self._guarded(jobs, partial(self._write, jobs))
+                    try:
+                        self._do(jobs, partial(self._write, jobs))
+                    finally:
+                        job.done.set()
                     jobs, size = [], 0
-                    job.done.set()
         return jobs
 
     def _hint(self, hint: Hint) -> list[Event]:
@@ -329,10 +389,12 @@ def _jobs(jobs: "queue.Queue[T | None]") -> Iterator[T]:
         yield job
 
 
-def _end(jobs: "queue.Queue[Any]") -> None:
+def _end(jobs: "queue.Queue[Any]") -> list[Any]:
     """Take out what waits, and say that nothing follows."""
+    found = []
     try:
         while True:
-            jobs.get_nowait()
+            found.append(jobs.get_nowait())
     except queue.Empty:
         jobs.put(None)
+    return [job for job in found if job is not None]

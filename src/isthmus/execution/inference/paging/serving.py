@@ -4,6 +4,7 @@ It has an interpreter of its own, so no operator of a step waits for its lock; o
 """
 
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from isthmus.contracts.clock import Clock
 from isthmus.contracts.errors import InvalidInput, IsthmusError, WireViolation
 from isthmus.contracts.events import ErrorInfo
 from isthmus.contracts.wire import FrameReader, encode_frame
+from isthmus.execution.inference.bell import Bell
 from isthmus.execution.inference.paging.frames import (
     MAX_FRAME_BYTES,
     RECEIVE_BYTES,
@@ -39,6 +41,9 @@ class _Near:
         self._frames: FrameReader[ToPager] = FrameReader(ToPager, MAX_FRAME_BYTES)
         self._sending = threading.Lock()
         self.descriptors: list[int] = []
+        self._bell = Bell()
+        self.broken = False
+        """Whether the threads of paging are gone."""
 
     def send(self, value: ToEngine) -> None:
         """Tell the engine. An engine that is gone hears nothing: the next `receive` says so."""
@@ -47,15 +52,27 @@ class _Near:
             try:
                 self._socket.sendall(frame)
             except OSError:
-                with suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                self.hang_up()
 
     def tell(self, events: Sequence[Event | Arrived]) -> None:
         """See `jobs.Told`."""
         self.send(Happened(events))
 
+    def gone(self) -> None:
+        """The threads of paging are gone, and so is to be the process: nothing more is received."""
+        self.broken = True
+        self._bell.ring()
+
+    def hang_up(self) -> None:
+        """The engine hears nothing more, and starts another process when it has ended this one."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def receive(self) -> list[ToPager] | None:
         """What came; None at the end. Raises `WireViolation`."""
+        select.select([self._socket.fileno(), self._bell.fileno], [], [])
+        if self.broken:
+            return None
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, MAX_POOLS)
         except OSError:
@@ -66,7 +83,8 @@ class _Near:
 
 def run(sock: socket.socket, open_store: Callable[[ExitStack], BlockStore], clock: Clock) -> int:
     """Open the store and page for the engine at the other end of `sock` until that is gone; the exit status. The store
-    is closed at the end, whatever that was.
+    is closed at the end, whatever that was. What nobody foresaw ends it, too: the state that it left is nobody's to go
+    on with.
     """
     near = _Near(sock)
     with ExitStack() as stack:
@@ -82,7 +100,7 @@ def run(sock: socket.socket, open_store: Callable[[ExitStack], BlockStore], cloc
         except WireViolation as error:
             os.write(2, f"isthmus-pager: {error}\n".encode())
             return 1
-    return 0
+    return int(near.broken)
 
 
 def _page(near: _Near, store: BlockStore, clock: Clock) -> None:
@@ -95,7 +113,14 @@ def _page(near: _Near, store: BlockStore, clock: Clock) -> None:
                         raise WireViolation("the engine begins twice")
                     memory = MappedMemory(message.shapes, _pools(message, near.descriptors))
                     threads = PagerThreads(
-                        store, memory, message.shapes, message.settings, clock, told=near.tell, heard=message.heard
+                        store,
+                        memory,
+                        message.shapes,
+                        message.settings,
+                        clock,
+                        told=near.tell,
+                        gone=near.gone,
+                        heard=message.heard,
                     )
                 elif threads is None:
                     raise WireViolation("the engine asks before it begins")
@@ -103,7 +128,9 @@ def _page(near: _Near, store: BlockStore, clock: Clock) -> None:
                     threads.do(message)
     finally:
         if threads is not None:
-            threads.close()
+            threads.close()  # when that is over what was raised has been said on standard error
+        if near.broken:
+            near.hang_up()
 
 
 def _pools(begin: Begin, descriptors: list[int]) -> dict[RecordKind, memoryview]:

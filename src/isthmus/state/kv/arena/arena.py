@@ -15,7 +15,7 @@ Safe under the lock of its owner; `fill`, `fetch`, `intact` and `erase_bytes` ar
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from isthmus.contracts.blocks import Lifetime, Owner, Shape
 from isthmus.contracts.clock import Entropy
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.copying import copy_digests, copy_verified, digests_slice
+from isthmus.state.kv.arena.crew import Crew
 from isthmus.state.kv.arena.extents import PAGE_BYTES, ArenaCorrupt, Extents
 from isthmus.state.kv.arena.memory import ArenaMemory
 
@@ -75,10 +76,13 @@ class Record:
 
 
 class Arena:
-    """The records in `memory`. A new arena is empty, and its epoch is new: what readers knew of another is void."""
+    """The records in `memory`. A new arena is empty, and its epoch is new: what readers knew of another is void. `crew`
+    helps with large copies.
+    """
 
-    def __init__(self, memory: ArenaMemory, entropy: Entropy) -> None:
+    def __init__(self, memory: ArenaMemory, entropy: Entropy, crew: Crew | None = None) -> None:
         self.memory = memory
+        self._crew = crew
         self.epoch = entropy.token_bytes(EPOCH_BYTES)
         self.quarantined_pages = 0
         self._extents = Extents([region.size // PAGE_BYTES for region in memory.regions])
@@ -180,14 +184,16 @@ class Arena:
         record.state = State.GONE
         self.quarantined_pages += pages_of(record.record_bytes)
 
-    def around(self, record: Record, size: int, most: int) -> list[Record]:
-        """Unpinned records whose removal makes room in one piece for `size` bytes near `record`; at most `most` are
-        looked at. Empty: none such.
+    def around(
+        self, record: Record, size: int, most: int, spare: Callable[[Record], bool] = lambda _: False
+    ) -> list[Record]:
+        """Records, none pinned and none to `spare`, whose removal makes room in one piece for `size` bytes near
+        `record`; at most `most` are looked at. Empty: none such.
         """
 
         def movable(page: int) -> bool:
             found = self._by_page.get(page)
-            return found is not None and found.pins == 0
+            return found is not None and found.pins == 0 and not spare(found)
 
         pages = self._extents.window(record.page, pages_of(size), movable, most)
         return [self._by_page[page] for page in pages]
@@ -232,13 +238,14 @@ class Arena:
 
     def fill(self, record: Record, payload: memoryview) -> bytes:
         """Copy the payload in; the digests of what lies in the arena then (they become the record's)."""
-        record.digests = copy_digests(payload, self.view(record), record.shape.chunk_bytes)
+        record.digests = copy_digests(payload, self.view(record), record.shape.chunk_bytes, self._crew)
         return record.digests
 
     def fetch(self, record: Record, first_chunk: int, chunks: int, into: memoryview) -> bool:
         """Copy chunks out; whether the copy has the record's digests."""
         expected = digests_slice(record.digests, first_chunk, chunks)
-        return copy_verified(self.view(record, first_chunk, chunks), into, record.shape.chunk_bytes, expected)
+        source = self.view(record, first_chunk, chunks)
+        return copy_verified(source, into, record.shape.chunk_bytes, expected, self._crew)
 
     def erase_bytes(self, record: Record) -> None:
         """Zero its bytes. It must have been removed: readers are told by the generation."""

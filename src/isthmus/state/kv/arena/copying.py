@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from isthmus.contracts.blocks import DIGEST_BYTES
-from isthmus.state.kv.arena.crew import together
+from isthmus.state.kv.arena.crew import Crew
 
 PART_BYTES = 1 << 20
 """Of a copy from twice this on; a part has whole chunks."""
@@ -24,14 +24,16 @@ def flat(buffer: memoryview) -> memoryview:
     return buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
 
 
-def copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> bytes:
-    """Copy whole chunks of `chunk_bytes`; the digests of what lies in `target` afterwards, one after the other."""
+def copy_digests(source: memoryview, target: memoryview, chunk_bytes: int, crew: Crew | None = None) -> bytes:
+    """Copy whole chunks of `chunk_bytes`, with the help of `crew`; the digests of what lies in `target` afterwards, one
+    after the other.
+    """
     size = len(source)
-    if size < 2 * PART_BYTES:
+    if crew is None or size < 2 * PART_BYTES:
         return _copy_digests(source, target, chunk_bytes)
     part = max(1, PART_BYTES // chunk_bytes) * chunk_bytes
     spans = [slice(at, at + part) for at in range(0, size, part)]
-    return b"".join(together(lambda span: _copy_digests(source[span], target[span], chunk_bytes), spans, size))
+    return b"".join(crew.together(lambda span: _copy_digests(source[span], target[span], chunk_bytes), spans, size))
 
 
 def copy(source: memoryview, target: memoryview) -> None:
@@ -73,9 +75,11 @@ def _copy_digests(source: memoryview, target: memoryview, chunk_bytes: int) -> b
     return b"".join(found)
 
 
-def copy_verified(source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes) -> bool:
+def copy_verified(
+    source: memoryview, target: memoryview, chunk_bytes: int, digests: bytes, crew: Crew | None = None
+) -> bool:
     """Copy whole chunks; whether the copy has these digests. If not, what lies in `target` means nothing."""
-    return copy_digests(source, target, chunk_bytes) == digests
+    return copy_digests(source, target, chunk_bytes, crew) == digests
 
 
 def digests_slice(digests: bytes, first: int, count: int) -> bytes:

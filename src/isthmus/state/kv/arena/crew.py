@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 PIECE_BYTES = 512 << 10
 """Pieces from here on are worth handing out."""
 MOST_HELPERS = 1
+_JOIN_S = 10.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,48 +68,72 @@ class _Job(Generic[T, R]):
             self._errors.append(error)
 
 
-_Jobs = queue.SimpleQueue[_Job[Any, Any]]
+_Jobs = queue.SimpleQueue[_Job[Any, Any] | None]
 
 
 class Crew:
-    """Helpers, started when they are first needed. Safe to use from several threads."""
+    """Helpers, started when they are first needed, that end at `close`. Safe to use from several threads.
+
+    Whoever copies owns one, or is lent one by its owner.
+    """
 
     def __init__(self, helpers: int) -> None:
         self._helpers = helpers
         self._lock = threading.Lock()
         self._jobs: _Jobs = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._process = 0
+        self._closed = False
 
-    def together(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """What `work` makes of each item, in order; several may be worked on at the same time."""
-        if len(items) < 2 or not self._helpers:
+    def together(self, work: Callable[[T], R], items: Sequence[T], size: int) -> list[R]:
+        """What `work` makes of each item, in order; of items with `size` bytes in all, several may be worked on at the
+        same time if they are large.
+        """
+        if len(items) < 2 or size < len(items) * PIECE_BYTES or not self._helpers:
             return [work(item) for item in items]
         job = _Job(work, items)
-        jobs = self._at_work()
-        for _ in range(min(self._helpers, len(items) - 1)):
-            jobs.put(job)
+        self._call(job, min(self._helpers, len(items) - 1))
         return job.run()
 
-    def _at_work(self) -> _Jobs:
-        """The queue that helpers of this very process serve."""
+    def close(self) -> None:
+        """End the helpers, after what they are doing. What comes afterwards is done without them."""
         with self._lock:
+            self._closed = True
+            mine = self._threads if self._process == os.getpid() else []
+            self._threads = []
+            for _ in mine:
+                self._jobs.put(None)
+        for thread in mine:
+            thread.join(_JOIN_S)
+
+    def _call(self, job: _Job[T, R], helpers: int) -> None:
+        """Ask for help, of threads of this very process: a fork has none."""
+        with self._lock:
+            if self._closed:
+                return
             if self._process != os.getpid():
                 self._process, self._jobs = os.getpid(), queue.SimpleQueue()
-                for _ in range(self._helpers):
-                    threading.Thread(target=_help, args=(self._jobs,), name="copies", daemon=True).start()
-            return self._jobs
+                self._threads = [
+                    threading.Thread(target=_help, args=(self._jobs,), name="copies", daemon=True)
+                    for _ in range(self._helpers)
+                ]
+                for thread in self._threads:
+                    thread.start()
+            for _ in range(helpers):
+                self._jobs.put(job)
 
 
 def _help(jobs: _Jobs) -> None:
-    while True:
-        jobs.get().help()
+    while (job := jobs.get()) is not None:
+        job.help()
+        del job  # while it waits for the next one it keeps nothing of this one
 
 
-CREW = Crew(min(MOST_HELPERS, len(os.sched_getaffinity(0)) - 1))
+def crew_for(processors: int) -> Crew:
+    """As many helpers as are worth having on so many processors."""
+    return Crew(max(0, min(MOST_HELPERS, processors - 1)))
 
 
-def together(work: Callable[[T], R], items: Sequence[T], size: int) -> list[R]:
-    """What `work` makes of each item, which have `size` bytes in all: with helpers if they are large."""
-    if size < len(items) * PIECE_BYTES:
-        return [work(item) for item in items]
-    return CREW.together(work, items)
+def together(crew: Crew | None, work: Callable[[T], R], items: Sequence[T], size: int) -> list[R]:
+    """See `Crew.together`; without a crew one after the other."""
+    return [work(item) for item in items] if crew is None else crew.together(work, items, size)

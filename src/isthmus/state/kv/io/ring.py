@@ -6,7 +6,9 @@ Promises
   room for twice the ring's depth;
 - what the kernel may still write to is never freed: a transfer's memory is referenced here until its completion has
   been taken in. A channel that is closed and cannot have it within its bound, or that is dropped unclosed, gives its
-  ring and that memory up for good: they stay until the process ends, are counted in `lost`, and keep the disk's lock.
+  ring and that memory up for good: they stay until the process ends, are counted in `lost`, and keep the disk's lock;
+- a kernel that refuses fails what it has not taken: at once, or, where it says to try again, when it has said only that
+  for `REFUSED_S`. From then on each try counts, until one succeeds.
 
 A ring belongs to the thread that used it first, which the kernel rewards with fewer interruptions. A channel handed to
 another thread makes a new ring once, of the kind that any thread may use. With transfers in flight only its owner can
@@ -38,6 +40,11 @@ _FIXED = (uring.READ_FIXED, uring.WRITE_FIXED)
 _PLAIN = (uring.READ, uring.WRITE)
 _PAUSE_S = 0.001
 _PEEK_S = 0.005
+REFUSED_S = 5.0
+"""How long the kernel may say that it has no room (or was interrupted) and nothing else."""
+_REFUSALS = 64
+"""How often in a row it must have said so by then: who asked twice only has not been refused for long."""
+_AGAIN = frozenset({errno.EAGAIN, errno.EBUSY, errno.EINTR})
 
 
 class RingChannel:
@@ -66,6 +73,7 @@ class RingChannel:
         self._ended = False
         self._closed = False
         self._thread = 0
+        self._refusals, self._refused_since = 0, 0.0
         self._ring = self._made(owned=not shared)
 
     @property
@@ -106,6 +114,7 @@ class RingChannel:
         if self._ring.queued:
             try:
                 self._ring.hand_over()
+                self._refusals = 0
             except OSError as error:
                 self._refused(error)
 
@@ -222,6 +231,7 @@ class RingChannel:
             entered = True
             try:
                 ring.enter(max(0, missing), max(0.0, left))
+                self._refusals = 0
             except OSError as error:
                 self._refused(error, max(0.0, left), waiting=True)
 
@@ -256,17 +266,27 @@ class RingChannel:
     def _refused(self, error: OSError, left: float = 0.0, waiting: bool = False) -> None:
         """io_uring_enter failed. What the kernel did not take fails with that error, unless it may be tried again."""
         number = error.errno or errno.EIO
-        if number in (errno.EINTR, errno.ETIME):
+        if number == errno.ETIME:
+            self._refusals = 0
             return
-        if number in (errno.EAGAIN, errno.EBUSY):
-            if waiting:
+        if number in _AGAIN and not self._refused_for_long():
+            if waiting and (number != errno.EINTR or self._refusals > 1):
                 self._target.calls.pause(min(_PAUSE_S, left))
             return
         stranded = self._ring.withdraw()
         for slot in stranded:
             self._land(slot, number)
         if waiting and not stranded:
+            self._target.calls.pause(min(_PAUSE_S, left))  # who asks again and again takes no processor for it
             raise DiskFailed("io_uring_enter", number) from error
+
+    def _refused_for_long(self) -> bool:
+        """Count a refusal: whether the kernel has done nothing else for too long."""
+        now = self._target.calls.monotonic()
+        if not self._refusals:
+            self._refused_since = now
+        self._refusals += 1
+        return self._refusals >= _REFUSALS and now - self._refused_since >= REFUSED_S
 
     def _peek(self, deadline: float) -> None:
         """Wait for completions that only another thread can have the kernel deliver, or that has ended."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from isthmus.contracts.blocks import Outcome, Reason, Tier
 from isthmus.contracts.clock import Clock
-from isthmus.state.kv.arena.crew import together
+from isthmus.state.kv.arena.crew import Crew, together
 from isthmus.state.kv.log.admission import Admission
 from isthmus.state.kv.log.drive import Driver
 from isthmus.state.kv.log.format import EXTENT_HEADER, SECTOR, RecordHeader, align, footer_bytes, record_span
@@ -30,8 +30,10 @@ class Intake:
         *,
         tenant_bytes: int,
         clock: Clock,
+        crew: Crew | None = None,
     ) -> None:
         self._ledger = ledger
+        self._crew = crew
         self._changed = ledger.changed
         self._driver = driver
         self._admission = admission
@@ -54,7 +56,7 @@ class Intake:
                 if not group and len(outcomes) < len(records):
                     group = self._wait(records[len(outcomes)], outcomes, deadline)
             try:
-                together(self._fill, group, sum(record.shape.record_bytes for record, _, _ in group))
+                together(self._crew, self._fill, group, sum(record.shape.record_bytes for record, _, _ in group))
             finally:
                 with self._changed:
                     for _, _, slot in group:

@@ -264,6 +264,14 @@ class Ledger:
         first = min((extent.first_sequence for extent in self.unsettled), default=self.sequence + 1)
         self.durable = max(self.durable, first - 1)
 
+    @property
+    def findable(self) -> int:
+        """No record up to this sequence waits to be written: it can be found, unless it was lost, evicted or forgotten.
+        May go back, when a write turns out to have failed.
+        """
+        waiting = [one.first_sequence for one in self.unsettled if one.stage < Stage.WRITTEN]
+        return min(waiting, default=self.sequence + 1) - 1
+
     def settled(self, sequence: int) -> bool:
         """Whether every record up to `sequence` is durable, or lost for good."""
         return not any(one.first_sequence <= sequence and one.stage is not Stage.LOST for one in self.unsettled)

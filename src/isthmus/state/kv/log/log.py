@@ -130,6 +130,22 @@ class SegmentLog:
         """Every record with a sequence up to this survives a crash, unless it was evicted or forgotten."""
         return self._ledger.durable
 
+    @property
+    def findable(self) -> int:
+        """Every record with a sequence up to this is found, unless it was evicted, forgotten or lost."""
+        with self._changed:
+            return self._ledger.findable
+
+    def await_findable(self, sequence: int, timeout_s: float) -> bool:
+        """Have what was appended up to `sequence` written without waiting for more to go with it; whether it can be
+        found within `timeout_s`. With a disk that cannot be written to any more nothing is waited for.
+        """
+        with self._changed:
+            ledger = self._ledger
+            ledger.staging.close_due(self._clock.monotonic(), float("inf"), sequence)
+            self._driver.wait(lambda: ledger.findable >= sequence or bool(ledger.read_only), timeout_s)
+            return ledger.findable >= sequence
+
     # Keeping house
 
     def forget(self, scope: Scope) -> int:

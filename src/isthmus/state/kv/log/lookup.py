@@ -1,4 +1,8 @@
-"""Finding and reading records."""
+"""Finding and reading records.
+
+A key may have several records: it was taken in twice, or an eviction was under way when the log was closed. Promise: a
+copy that is not what was written, or cannot be read, or was forgotten, costs nothing while there is a good one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +20,11 @@ from isthmus.state.kv.log.records import Location, LogRead
 from isthmus.state.kv.log.segments import READABLE
 
 _ROUNDS = 4
-"""How many candidates of one key are read at most: of 40 bits of hash that are the same."""
+"""How many candidates of one key are read at most: its copies, and those of 40 bits of hash that are the same."""
+
+
+_ONE_COPY = frozenset({Reason.CORRUPT, Reason.IO_ERROR, Reason.FORGOTTEN})
+"""What may befall one copy of a record and not the other."""
 
 
 @dataclass(slots=True)
@@ -27,6 +35,8 @@ class _Asked:
     at: Location
     tried: set[int] = field(default_factory=set)
     task: Task | None = None
+    failed: bool = False
+    """Whether a copy of it was no good: then it was there, whatever else is found."""
 
 
 class Lookup:
@@ -72,7 +82,7 @@ class Lookup:
             if not left:
                 break
             try:
-                self._run([asked.task for asked in left.values() if asked.task is not None], deadline)
+                self._run([self._task(asked) for asked in left.values()], deadline)
             finally:
                 with self._changed:
                     for asked in left.values():
@@ -97,9 +107,12 @@ class Lookup:
                 if found is None or not ledger.segments.pin(found.segment, found.generation):
                     return False
                 asked.at = found
-        start = ledger.geometry.start(asked.at.segment) + asked.at.slot * SLOT
-        asked.task = Task(asked.read.want, start, asked.at.generation, ledger.seed)
         return True
+
+    def _task(self, asked: _Asked) -> Task:
+        start = self._ledger.geometry.start(asked.at.segment) + asked.at.slot * SLOT
+        asked.task = Task(asked.read.want, start, asked.at.generation, self._ledger.seed)
+        return asked.task
 
     def _run(self, tasks: list[Task], deadline: float) -> None:
         late = Reason.LATE
@@ -116,7 +129,7 @@ class Lookup:
             task.fail(late)
 
     def _settled(self, asked: _Asked, outcomes: list[Outcome], index: int) -> bool:
-        """Take in how a read ended; False: another candidate is to be tried."""
+        """Take in how a read ended; False: another candidate is to be tried, if there is one."""
         task, ledger = asked.task, self._ledger
         if task is None or task.reason is None:
             return True
@@ -133,5 +146,8 @@ class Lookup:
                 reason = Reason.FORGOTTEN
             else:
                 ledger.segments[asked.at.segment].hit(asked.at.slot, header.span)
+        if reason is Reason.ABSENT and asked.failed:
+            return False
         outcomes[index] = Outcome(reason, Tier.NVME)
-        return True
+        asked.failed = asked.failed or reason in _ONE_COPY
+        return reason not in _ONE_COPY

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from isthmus.contracts.clock import Clock, Entropy
 from isthmus.contracts.errors import DiskFailed
+from isthmus.state.kv.arena.crew import Crew
 from isthmus.state.kv.index.table import FingerprintTable
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.io.disk import Disk
@@ -44,11 +45,12 @@ def open_log(
     entropy: Entropy,
     *,
     pass_time: Callable[[], None] | None = None,
+    crew: Crew | None = None,
 ) -> SegmentLog:
     """Open the log on a disk, or make one on a disk that begins with zeros. The disk stays the caller's to close.
 
     `pass_time`: no threads are started; whoever waits makes the log's steps (so does `SegmentLog.step`), and calls this
-    when there is nothing to do but to let time pass.
+    when there is nothing to do but to let time pass. `crew`, the caller's to close afterwards, helps with large copies.
 
     Raises `StoreCorrupt`, `StoreFormat`, `DiskFailed`, and `InvalidInput` for settings that do not fit the disk.
     """
@@ -60,7 +62,7 @@ def open_log(
         stack.callback(buffers.close)
         own = Own(_taken(buffers), _taken(buffers))
         seq, erasures = read_erasures(control, superblock)
-        ledger = _empty(superblock, Staging(buffers), settings)
+        ledger = _empty(superblock, Staging(buffers, crew), settings)
         ledger.erasures = erasures
         recovery = Recovery(ledger, disk, control, superblock)
         recovery.run(clock.wall())
@@ -71,7 +73,7 @@ def open_log(
         writer = Writer(ledger, channel, own, settings=settings, uuid=superblock.uuid, clock=clock)
         for lane, segment in recovery.adopted.items():
             writer.adopt(lane, segment)
-        parts = _Parts(disk, settings, clock, control, writer, superblock, seq)
+        parts = _Parts(disk, settings, clock, control, writer, superblock, seq, crew)
         return _assembled(ledger, parts, pass_time, stack)
 
 
@@ -86,6 +88,7 @@ class _Parts:
     writer: Writer
     superblock: Superblock
     erasure_seq: int
+    crew: Crew | None
 
 
 def _taken(buffers: AlignedBuffers) -> memoryview:
@@ -122,7 +125,7 @@ def _assembled(ledger: Ledger, parts: _Parts, pass_time: Callable[[], None] | No
         ledger,
         driver,
         clock=clock,
-        intake=Intake(ledger, driver, admission, tenant_bytes=settings.tenant_bytes, clock=clock),
+        intake=Intake(ledger, driver, admission, tenant_bytes=settings.tenant_bytes, clock=clock, crew=parts.crew),
         lookup=Lookup(ledger, readers, clock=clock),
         auditor=Auditor(ledger, control, directories),
         evictor=evictor,

@@ -150,7 +150,8 @@ class BatchReader:
         except DiskFailed:
             late = Reason.IO_ERROR
             self.broken = True
-        self.broken = self.broken or bool(flying)
+        finally:  # whatever was raised: what is in flight must not land in the next batch
+            self.broken = self.broken or bool(flying)
         for task in tasks:
             task.fail(late)
 

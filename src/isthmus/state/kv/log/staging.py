@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.state.kv.arena.copying import PART_BYTES, copy, copy_digest, copy_digests
-from isthmus.state.kv.arena.crew import together
+from isthmus.state.kv.arena.crew import Crew, together
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.log.format import (
     CLASSES,
@@ -114,11 +114,12 @@ class Slot:
 
 class Staging:
     """The extents in memory: one filling per class, and those that wait for the disk. They may take all of `buffers`
-    that are free at the start.
+    that are free at the start. `crew` helps with large copies.
     """
 
-    def __init__(self, buffers: AlignedBuffers) -> None:
+    def __init__(self, buffers: AlignedBuffers, crew: Crew | None = None) -> None:
         self._buffers = buffers
+        self._crew = crew
         self._size = buffers.size
         self._count = buffers.free
         self._reserved = max(1, self._count // _SURVIVORS_SHARE)
@@ -203,9 +204,9 @@ class Staging:
         at = start + payload_offset(shape.chunks)
         end = at + shape.record_bytes
         if digests:
-            _scatter(views, at, payload)
+            _scatter(views, at, payload, self._crew)
         else:
-            digests = _scatter_hashed(views, at, payload, shape.chunk_bytes)
+            digests = _scatter_hashed(views, at, payload, shape.chunk_bytes, self._crew)
         head = encode_record(header, digests) + digests
         views[0][start : start + len(head)] = head
         _scatter(views, start + len(head), memoryview(bytes(at - start - len(head))))
@@ -242,22 +243,22 @@ class Staging:
             self._buffers.give(view)
 
 
-def _scatter(views: list[memoryview], at: int, data: memoryview) -> None:
+def _scatter(views: list[memoryview], at: int, data: memoryview, crew: Crew | None = None) -> None:
     """Copy `data` to the place `at` of several equal views that stand for one."""
     most = PART_BYTES if len(data) >= 2 * PART_BYTES else len(views[0])
-    together(lambda piece: copy(*piece), _pieces(views, at, data, most), len(data))
+    together(crew, lambda piece: copy(*piece), _pieces(views, at, data, most), len(data))
 
 
-def _scatter_hashed(views: list[memoryview], at: int, data: memoryview, chunk_bytes: int) -> bytes:
+def _scatter_hashed(views: list[memoryview], at: int, data: memoryview, chunk_bytes: int, crew: Crew | None) -> bytes:
     """As `_scatter`; the digests of the chunks as they lie there now, one after the other."""
     if at + len(data) <= len(views[0]):
-        return copy_digests(data, views[0][at : at + len(data)], chunk_bytes)
+        return copy_digests(data, views[0][at : at + len(data)], chunk_bytes, crew)
 
     def chunk(begin: int) -> bytes:
         # Not in pieces for the core's cache: between two of them the interpreter's lock has to be got back.
         return copy_digest(_pieces(views, at + begin, data[begin : begin + chunk_bytes], PART_BYTES))
 
-    return b"".join(together(chunk, range(0, len(data), chunk_bytes), len(data)))
+    return b"".join(together(crew, chunk, range(0, len(data), chunk_bytes), len(data)))
 
 
 def _pieces(views: list[memoryview], at: int, data: memoryview, most: int) -> list[tuple[memoryview, memoryview]]:

@@ -40,6 +40,8 @@ _SOON_PART = 4
 """The last part of a segment: when it is begun, the next segment should be ready."""
 
 _ORDER = (SURVIVORS, *range(SURVIVORS))
+_DEAF = 100
+"""Waits that fail in a row: from then on nobody waits for the ends of writes. One may be a single call's failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +96,13 @@ class Writer:
         self._tags = 0
         self._backlog: deque[Transfer] = deque()
         self._footing = False
+        self._unheard = 0
+        """Waits in a row that failed."""
 
     @property
     def in_flight(self) -> int:
-        """Writes that have not completed."""
-        return self._channel.in_flight + len(self._backlog)
+        """Writes that have not completed; 0 when nobody can hear of that any more."""
+        return 0 if self._unheard >= _DEAF else self._channel.in_flight + len(self._backlog)
 
     def wanted(self, now: float) -> bool:
         """Whether a step would find something to do."""
@@ -118,9 +122,13 @@ class Writer:
         """
         try:
             ended = self._completed(patience_s)
+            self._unheard = 0
         except DiskFailed as error:
             with self._changed:
+                self._ledger.counts["write_errors"] += not self._unheard
+                self._unheard += 1
                 self._ledger.refuse(f"writes cannot be waited for: {error}")
+                self._changed.notify_all()
             return False
         begun = self._begin(now)  # more for the disk to do, before the books are made of what it has done
         with self._changed:
