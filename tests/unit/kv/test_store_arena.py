@@ -30,7 +30,7 @@ from isthmus.state.kv.arena.memory import (
 )
 from isthmus.state.kv.counting import Counts
 from isthmus.state.kv.hashing import digests_of
-from isthmus.state.kv.leases import LeaseTable
+from isthmus.state.kv.leases import WITHIN, LeaseTable
 from isthmus.state.kv.scopes import Scope, Scopes
 from isthmus.state.kv.settings import DaemonSettings, StoreSettings
 
@@ -189,13 +189,15 @@ def test_large_pieces_are_copied_too() -> None:
 
 
 def test_pins_are_handed_back_exactly_once() -> None:
-    table: LeaseTable[str] = LeaseTable(max_leases=3, max_seconds=10.0)
+    table: LeaseTable[str] = LeaseTable(max_leases=4, max_seconds=10.0)
+    table.grant(WITHIN, ["mine"], 10.0, 2e9)
     first = table.grant(1, ["a", None], 5.0, 100.0)
     second = table.grant(1, ["b"], 99.0, 100.0)
     third = table.grant(2, ["c"], -5.0, 100.0)
     assert (first.deadline, second.deadline, third.deadline) == (105.0, 110.0, 100.0)
-    assert table.full
-    with pytest.raises(InvalidInput, match="3 leases"):
+    assert table.full(1)
+    assert table.full(WITHIN)
+    with pytest.raises(InvalidInput, match="4 leases"):
         table.grant(1, [], 1.0, 100.0)
     assert table.get(first.number, 1, 104.9) is first
     assert table.get(first.number, 2, 104.9) is None, "another's"
@@ -207,7 +209,24 @@ def test_pins_are_handed_back_exactly_once() -> None:
     assert table.expire(105.0) == []
     assert table.release_all(1) == [second]
     assert table.release_all(1) == []
-    assert (len(table), table.expire(1e9)) == (0, [])
+    assert (len(table), table.expire(1e9)) == (1, [])
+
+
+def test_who_leases_all_it_can_leaves_as_many_to_others() -> None:
+    table: LeaseTable[int] = LeaseTable(max_leases=12, max_seconds=10.0)
+
+    def all_of(holder: int) -> int:
+        count = 0
+        while not table.full(holder):
+            table.grant(holder, [], 10.0, 0.0)
+            count += 1
+        return count
+
+    assert [all_of(holder) for holder in (1, 2, 3)] == [6, 3, 2]
+    assert all_of(WITHIN) == 1
+    assert all_of(4) == 0
+    assert table.release_all(1)
+    assert all_of(4) == 3
 
 
 @given(st.lists(st.tuples(st.sampled_from("grem"), st.integers(0, 5), st.floats(0, 20)), max_size=80))
@@ -221,7 +240,7 @@ def test_no_pin_is_lost_or_freed_twice(steps: list[tuple[str, int, float]]) -> N
             assert held.pop(lease.number)[2] == lease.pins[0]
 
     for step, choice, amount in steps:
-        if step == "g" and not table.full:
+        if step == "g" and not table.full(choice % 3):
             serial += 1
             lease = table.grant(choice % 3, [serial], amount, now)
             held[lease.number] = (choice % 3, now + min(amount, 8.0), serial)

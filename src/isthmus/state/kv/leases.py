@@ -1,7 +1,8 @@
 """Leases: who may read which records until when. Pure: the time is an argument, what a pin is the caller knows.
 
 Promises: a lease ends at its deadline and not one call later; what it pinned is handed back exactly once, by its
-release or by its expiry; there are never more than `max_leases`, and none is longer than `max_seconds`.
+release or by its expiry; there are never more than `max_leases`, and none is longer than `max_seconds`; no other
+process holds more of them than are left, so one that leases whatever it can takes half and leaves half.
 """
 
 import heapq
@@ -14,9 +15,12 @@ from isthmus.contracts.errors import InvalidInput
 
 T = TypeVar("T")
 
+WITHIN = 0
+"""The holder that is the process itself."""
+
 
 class Granted(msgspec.Struct, Generic[T], frozen=True, eq=False):
-    """A lease: its pins, in the order of the keys asked for, and when it ends. `holder` is 0 within the process."""
+    """A lease: its pins, in the order of the keys asked for, and when it ends."""
 
     number: int
     holder: int
@@ -46,14 +50,14 @@ class LeaseTable(Generic[T]):
         """None ends by itself before this time."""
         return self._deadlines[0][0] if self._deadlines else float("inf")
 
-    @property
-    def full(self) -> bool:
-        """Whether none can be granted before one ends."""
-        return len(self._live) >= self._max_leases
+    def full(self, holder: int) -> bool:
+        """Whether none can be granted to `holder` before one ends."""
+        left = self._max_leases - len(self._live)
+        return not left or (holder != WITHIN and len(self._by_holder.get(holder, ())) >= left)
 
     def grant(self, holder: int, pins: Sequence[T | None], seconds: float, now: float) -> Granted[T]:
-        """A lease of `seconds`, or as long as they may be. Raises `InvalidInput` when the table is full."""
-        if self.full:
+        """A lease of `seconds`, or as long as they may be. Raises `InvalidInput` when there are too many."""
+        if self.full(holder):
             raise InvalidInput(f"there are {self._max_leases} leases already", "max_leases")
         self._last += 1
         length = min(max(0.0, seconds), self._max_seconds)  # in this order what is no number is 0, not for ever

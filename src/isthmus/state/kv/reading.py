@@ -19,13 +19,11 @@ from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.arena.arena import Record, State
 from isthmus.state.kv.arena.copying import flat
 from isthmus.state.kv.attendant import Attendant
-from isthmus.state.kv.leases import Granted, LeaseTable
+from isthmus.state.kv.leases import WITHIN, Granted, LeaseTable
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.records import Location, LogRead
 from isthmus.state.kv.parts import Parts, check_batch
 
-LOCAL = 0
-"""The holder of leases within this process."""
 _HIT = Outcome(Reason.HIT, Tier.DRAM)
 _NO_GOOD = frozenset({Reason.CORRUPT, Reason.IO_ERROR})
 
@@ -81,7 +79,7 @@ class Reader:
     def __len__(self) -> int:
         return len(self._table)
 
-    def lease(self, keys: Sequence[BlockKey], seconds: float, holder: int = LOCAL) -> StoreLease:
+    def lease(self, keys: Sequence[BlockKey], seconds: float, holder: int = WITHIN) -> StoreLease:
         """See `BlockStore.lease`. With the table of leases full nothing is granted."""
         check_batch(len(keys), MAX_BATCH, "keys")
         self.expire()
@@ -95,7 +93,7 @@ class Reader:
             absent = pins.count(None)
         now = self._parts.clock.monotonic()
         with self._lock:
-            full = self._table.full
+            full = self._table.full(holder)
             if full:
                 lease = StoreLease(self, keys, Granted(0, holder, (None,) * len(keys), now, now))
             else:
