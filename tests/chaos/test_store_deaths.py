@@ -38,7 +38,9 @@ def die(folders: Sequence[Path], deaths: int, number: int, *, power: bool = Fals
         for at, folder in enumerate(folders)
     ]
     processes = [
-        subprocess.Popen([*command, json.dumps(one)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, json.dumps(one)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for one in given
     ]
     try:
@@ -88,6 +90,34 @@ def test_what_is_offered_again_while_a_forget_is_in_doubt_may_be_gone(in_force: 
         forgotten = in_force and piece(7, number).owner.namespace_id == namespace
         left = State.MAY if number == 0 else State.NEVER
         assert known.status[number].state is (left if forgotten else State.MUST)
+
+
+def test_of_a_forget_that_was_refused_some_may_be_gone() -> None:
+    known = Known(7)
+    namespace = piece(7, 0).owner.namespace_id
+    known.hear(["offer", [0]])
+    known.hear(["take", [[0, 1]]])
+    known.hear(["durable", 1])
+    known.hear(["forgetting", namespace, NO_SESSION])
+    known.hear(["refused"])
+    known._resolve({})
+    assert known.status[0].state is State.MAY
+
+
+def test_what_somebody_else_saw_is_judged() -> None:
+    known = Known(7)
+    known.hear(["offer", [0, 1]])
+    known.hear(["take", [[0, 1], [1, 2]]])
+    known.hear(["durable", 1])
+    known.begin()
+    known.hear(["held", [], [[0, "hit"], [1, "absent"]]])
+    assert not known.wrong
+    known.hear(["cut"])
+    known.hear(["held", [], [[0, "io_error"], [1, "io_error"]]])
+    assert not known.wrong, "what is seen without power says nothing"
+    known.begin()
+    known.hear(["held", [], [[0, "absent"], [1, "absent"]]])
+    assert known.wrong == ["durable records that are gone: 0 (absent)"]
 
 
 def test_kill_9_loses_nothing_durable_and_brings_back_nothing_forgotten(tmp_path: Path) -> None:

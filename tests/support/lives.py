@@ -236,12 +236,15 @@ class Status:
 @dataclass
 class Doubt:
     """A forget that was not answered, or whose answer nobody heard. `covered`: what it forgot if it is in force;
-    `again`: what was offered once more since, so that it may be there either way.
+    `again`: what was offered once more since, so that it may be there either way. `refused`: the disk had failed; then
+    it was in force until the process ended (as `Forgetting.forget` says), and some of it may be gone even if it is not
+    in force any more.
     """
 
     scope: tuple[bytes, bytes]
     covered: set[int]
     again: set[int] = field(default_factory=set)
+    refused: bool = False
 
 
 @dataclass
@@ -309,6 +312,9 @@ class Known:
                     self._judge(dict(found))
                 except AssertionError as wrong:
                     self.wrong.append(str(wrong))
+            case ["refused"]:
+                self.counts["refused"] += 1
+                self.doubts[-1].refused = True
             case ["wrong" | "amiss", text]:
                 self.wrong.append(text)
             case [name, *_]:
@@ -410,6 +416,10 @@ class Known:
                     if self.status[number].state is not State.NEVER:
                         self.status[number].state = State.MAY
                         self._held.discard(number)
+            elif doubt.refused:
+                for number in doubt.covered:
+                    if self.status[number].state is State.MUST:
+                        self.status[number].state = State.MAY
         self.doubts.clear()
         self.forgets = now
 
@@ -494,7 +504,7 @@ class Worker:
         try:
             erasure = self._store.admin.forget(namespace, session)
         except StoreError:
-            self._told(["refused"])  # the disk has failed: in doubt, as after a death
+            self._tell(["refused"])  # the disk has failed: in doubt, as after a death
             return
         self._tell(["forgotten", namespace, session, erasure.number])
 
