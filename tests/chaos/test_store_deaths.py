@@ -3,9 +3,9 @@
 What is told, and what must hold, is in `tests.support.lives`; how it dies in `tests.support.deaths`.
 
 Where: `make test` kills on the disk. At release scale a third of the lives is on the disk and two thirds in memory (a
-log on tmpfs; for power cuts the image under the ext4), at the same time. Kill -9 leaves the page cache and what was handed
-to the kernel as it is, so that the disk adds times and other orders only; and what a power cut loses is what ext4 had not
-been asked to sync, whatever its image lies on. Counts named `on_disk` say how many were.
+log on tmpfs; for power cuts the image under the ext4), at the same time. Kill -9 leaves the page cache and what was
+handed to the kernel as it is, so that the disk adds times and other orders only; and what a power cut loses is what
+ext4 had not been asked to sync, whatever its image lies on. Counts named `on_disk` say how many were.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A whole store on a disk that fails: every call in turn, a filesystem without room, errors injected by strace.
 
-At release scale a third of the stores is on the disk, the others are in memory: what fails does so before the kernel sees
-it, or after it did as it was asked.
+At release scale a third of the stores is on the disk, the others are in memory: what fails does so before the kernel
+sees it, or after it did as it was asked.
 """
 
 import errno

@@ -97,8 +97,8 @@ def planned(chance: random.Random, *, looks: bool) -> Plan:
 
 
 class DeadlyCalls(PoweredCalls):
-    """Does the `deed` at the planned call, counted from the first one or from `count`. Calls of io_uring count only when
-    they hand something over.
+    """Does the `deed` at the planned call, counted from the first one or from `count`. Calls of io_uring count only
+    when they hand something over.
     """
 
     def __init__(self, plan: Plan, deed: Callable[[], None], *, cached: bool) -> None:
