@@ -1,9 +1,9 @@
 """A client of the daemon is stopped (SIGSTOP) in the middle of a call, past its lease, and goes on later.
 
 One client is, or one at every point of a call, all at the same time. Meanwhile the others find and store what they
-want, the memory that it was looking at becomes somebody else's, and what it may have been given is dropped in time. What
-it says it read, when it goes on, is right or no hit. At release scale the log of those that are stopped together is in
-memory.
+want, the memory that it was looking at becomes somebody else's, and what it may have been given is dropped in time.
+What it says it read, when it goes on, is right or no hit. At release scale the log of those that are stopped together
+is in memory.
 """
 
 import json

@@ -74,6 +74,8 @@ def faults(folder: Path, backend: str, number: int, *, least: int, of_life: int 
             for nth in range(chance.randrange(step), total, step):
                 often = chance.choice(("once", "once", "forever", "late"))
                 error = errno.EIO if chance.random() < 0.5 else chance.choice(ERRORS)
+                if often == "forever" and error in (errno.EINTR, errno.EAGAIN) and chance.random() < 0.9:
+                    often = "once"  # what passes by itself is waited for: half a minute of each such attempt
                 fault = Fault(nth, error, forever=often == "forever", late=often == "late")
                 try:
                     failed.update(attempt(folder / "log", life, backend, fault).failed[:1])
