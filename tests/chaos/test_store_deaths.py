@@ -153,7 +153,7 @@ def test_a_thread_that_dies_is_told(tmp_path: Path) -> None:
 @pytest.mark.chaos
 @pytest.mark.timeout(1500)
 def test_kill_9_many_times(places: list[Path]) -> None:
-    die(places, 6000, seed(3))
+    die(places, 3000, seed(3))
 
 
 @pytest.mark.chaos

@@ -79,8 +79,8 @@ def faults(folder: Path, backend: str, number: int, *, least: int, of_life: int 
                 fault = Fault(nth, error, forever=often == "forever", late=often == "late")
                 try:
                     failed.update(attempt(folder / "log", life, backend, fault).failed[:1])
-                except (AssertionError, StoreError) as wrong:
-                    raise AssertionError(f"{backend}, life {life}, {fault}: {wrong}") from wrong
+                except Exception as wrong:
+                    raise AssertionError(f"{backend}, life {life}, {fault}: {wrong!r}") from wrong
     return failed
 
 
