@@ -129,6 +129,7 @@ def one_life(binary: Binary, state: Path, known: Known, chance: random.Random, *
         threading.Event().wait(chance.uniform(0.0, 1.0))
         binary.kill()
         return {"killed_while_starting": 1}
+    known.begin()
     assert binary.ready()
     client = Client(state / "store" / "store.sock", known, chance)
     try:
