@@ -1,48 +1,48 @@
-"""A whole store on a disk that fails: every call in turn, a filesystem without room, errors injected by strace."""
+"""A whole store on a disk that fails: every call in turn, a filesystem without room, errors injected by strace.
+
+At release scale a third of the stores is on the disk, the others are in memory: what fails does so before the kernel
+sees it, or after it did as it was asked.
+"""
 
 import errno
+import json
 import random
 import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from tests.support import power
-from tests.support.faults import Fault, attempt, looked_at
-from tests.support.lives import Heard, Known, settings_of
-from tests.support.scale import seed, tally
-
-from isthmus.contracts.errors import StoreError
+from tests.support.faults import faults, looked_at, strained
+from tests.support.lives import Heard, Known, settings_of, uncounted_pages
+from tests.support.scale import in_memory, seed, tally
 
 ROOT = Path(__file__).resolve().parents[2]
-ERRORS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.EINTR, errno.EAGAIN)
+MODULE = (sys.executable, "-m", "tests.support.faults")
 
 
-def faults(folder: Path, backend: str, count: int, number: int) -> Counter[str]:
-    """Fail calls of one worker's life, from the first to the last; how often which was failed."""
-    chance = random.Random(number)
-    life = chance.getrandbits(40)
-    total = len(attempt(folder / "log", life, backend, None).made)
-    failed: Counter[str] = Counter()
-    step = max(1, total // count)
-    for nth in range(chance.randrange(step), total, step):
-        often = chance.choice(("once", "once", "forever", "late"))
-        error = errno.EIO if chance.random() < 0.5 else chance.choice(ERRORS)
-        fault = Fault(nth, error, forever=often == "forever", late=often == "late")
-        try:
-            calls = attempt(folder / "log", life, backend, fault)
-        except (AssertionError, StoreError) as wrong:
-            raise AssertionError(f"{backend}, life {life}, {fault}: {wrong}") from wrong
-        failed.update(calls.failed[:1])
-    return failed
+def faults_apart(folders: Sequence[Path], backend: str, number: int, least: int) -> int:
+    """`faults` in a process for each folder, at the same time; how many calls were failed."""
+    given = [[str(folder), backend, str(number + at), str(least // len(folders))] for at, folder in enumerate(folders)]
+    processes = [
+        subprocess.Popen([*MODULE, "fail", *one], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for one in given
+    ]
+    try:
+        ended = [process.communicate(timeout=1400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(error for _, error in ended)
+    return sum(sum(json.loads(said).values()) for said, _ in ended)
 
 
 @pytest.mark.parametrize("backend", ["threads", "auto"])
 def test_any_call_may_fail(tmp_path: Path, backend: str) -> None:
-    failed = faults(tmp_path, backend, 14, 11)
+    failed = faults(tmp_path, backend, 11, least=1, of_life=14)
     assert len(failed) > 3, f"calls of many kinds, not only {dict(failed)}"
 
 
@@ -50,8 +50,8 @@ def test_any_call_may_fail(tmp_path: Path, backend: str) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("backend", ["threads", "auto"])
 def test_every_call_may_fail(tmp_path: Path, backend: str) -> None:
-    failed = faults(tmp_path, backend, 1 << 30, seed(11))
-    tally({"failed_calls": sum(failed.values())})
+    with in_memory(tmp_path) as first, in_memory(tmp_path) as second:
+        tally({"failed_calls": faults_apart([tmp_path, first, second], backend, seed(11), 1500)})
 
 
 # A filesystem without room
@@ -112,39 +112,39 @@ def test_without_room_no_file_is_left_and_with_room_it_stays_its_own(tmp_path: P
 
 WRITES, READS = "pwritev,pwritev2", "preadv,preadv2"
 """By which of its two forms a Python transfers is a matter of how it was built. Each thread's calls are counted."""
+OF_A_TRACE = 8
+"""Workers, each a process with a log of its own, that one strace starts and fails."""
 STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="NOT RUN: there is no strace")
 
 
-def strained(folder: Path, number: int, inject: str) -> tuple[Known, list[str]]:
-    """Work on a store while strace fails calls on its file; what was told, and the calls that were seen."""
-    path, trace = folder / "log", folder / "trace"
-    for one in (path, trace):
-        one.unlink(missing_ok=True)
-    life = random.Random(number).getrandbits(40)
-    command = ["strace", "-f", "-q", "-o", str(trace), "-P", str(path), "-e", f"trace=fdatasync,{WRITES},{READS}"]
-    command += ["-e", f"inject={inject}", sys.executable]
-    command += ["-m", "tests.support.faults", str(path), str(life), str(number)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
+def judged(folder: Path, numbers: Sequence[int], inject: str) -> list[str]:
+    """Work on stores, one after the other, while strace fails calls on their files; afterwards each is opened and held
+    to what was told. The calls that were failed.
+    """
+    trace = folder / "trace"
+    # Only what is traced stops a process: without the filter in the kernel every call would.
+    command = ["strace", "-f", "--seccomp-bpf", "-q", "-o", str(trace), "-e", f"trace=fdatasync,{WRITES},{READS}"]
+    command += [word for number in numbers for word in ("-P", str(folder / f"{number}.log"))]
+    command += ["-e", f"inject={inject}", *MODULE, "work", str(folder), *(str(number) for number in numbers)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120 + 10 * len(numbers), check=False)
     assert done.returncode == 0, done.stderr.decode()
-    known = Known(life)
-    for message in Heard()(done.stdout):
-        known.hear(message)
-    return known, trace.read_text().splitlines()
-
-
-def judged(folder: Path, number: int, inject: str) -> list[str]:
-    """As `strained`; afterwards the store is opened and held to what was told. The calls that were failed."""
-    known, seen = strained(folder, number, inject)
-    assert not known.counts["failed"] or not known.status, known
-    with looked_at(settings_of(folder / "log", known.life), known):
-        pass
-    return [line for line in seen if "INJECTED" in line]
+    for number in numbers:
+        log, told = folder / f"{number}.log", folder / f"{number}.told"
+        known = Known(strained(number))
+        for message in Heard()(told.read_bytes()):
+            known.hear(message)
+        assert not known.counts["failed"] or not known.status, known
+        with uncounted_pages(), looked_at(settings_of(log, known.life), known):
+            pass
+        for one in (log, told):
+            one.unlink(missing_ok=True)
+    return [line for line in trace.read_text().splitlines() if "INJECTED" in line]
 
 
 @STRACE
 @pytest.mark.parametrize("inject", ["fdatasync:error=EIO:when=6", f"{WRITES}:error=ENOSPC:when=5+3"])
 def test_errors_of_the_kernel_cost_no_durable_record(tmp_path: Path, inject: str) -> None:
-    assert judged(tmp_path, 3, inject)
+    assert judged(tmp_path, [3], inject)
 
 
 @pytest.mark.chaos
@@ -153,14 +153,15 @@ def test_errors_of_the_kernel_cost_no_durable_record(tmp_path: Path, inject: str
 def test_errors_of_the_kernel_many_times(tmp_path: Path) -> None:
     chance = random.Random(seed(3))
     injected = 0
-    for _ in range(40):
+    for nth in range(20):
         call, first = chance.choice(("fdatasync", WRITES, READS)), int(25 ** chance.random())
         often = chance.choice(("", "+", "+2", "+5"))
         inject = f"{call}:error={chance.choice(('EIO', 'ENOSPC', 'EROFS'))}:when={first}{often}"
-        number = chance.getrandbits(30)
-        try:
-            injected += len(judged(tmp_path, number, inject))
-        except AssertionError as wrong:
-            raise AssertionError(f"{inject}, seed {number}: {re.sub(chr(10), ' ', str(wrong))}") from wrong
+        numbers = [chance.getrandbits(30) for _ in range(OF_A_TRACE)]
+        with in_memory(tmp_path) as memory:
+            try:
+                injected += len(judged(memory if nth % 3 else tmp_path, numbers, inject))
+            except AssertionError as wrong:
+                raise AssertionError(f"{inject}, seeds {numbers}: {re.sub(chr(10), ' ', str(wrong))}") from wrong
     assert injected
-    tally({"strace_runs": 40, "strace_errors": injected})
+    tally({"strace_runs": 20 * OF_A_TRACE, "strace_errors": injected})

@@ -4,16 +4,21 @@
 - what was told to be durable is there when the log is opened again;
 - the store takes records in and makes them durable again, or says that it is read-only; every call comes back.
 
-Run as a module (under strace, which does the failing): `python -m tests.support.faults <path> <life> <seed>` works on a
-store and tells on its output, as lives do.
+Run as a module: `python -m tests.support.faults fail <folder> <backend> <seed> <calls>` fails so many calls of one life
+after the other and prints how many of which; `... work <folder> <seed>...` (under strace, which does the failing) works
+on a store for each seed, each in a process of its own, and tells in files beside them, as lives do.
 """
 
+import errno
 import fcntl
+import json
 import os
 import random
 import shutil
 import sys
 import threading
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +26,7 @@ from pathlib import Path
 
 import msgspec
 from tests.support.disk import FailingCalls, Plan
-from tests.support.lives import Known, Message, Pipe, Worker, piece, settings_of, telling_what_leaves
+from tests.support.lives import Known, Message, Pipe, Worker, piece, settings_of, telling_what_leaves, uncounted_pages
 
 from isthmus.contracts.blocks import Reason, Tier
 from isthmus.contracts.clock import SystemClock, SystemEntropy
@@ -31,6 +36,7 @@ from isthmus.state.kv.store import Store, open_store
 
 OPERATIONS = 16
 HASTE = 8
+ERRORS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.EINTR, errno.EAGAIN)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,30 @@ class Fault:
             return self.error if self.forever and name in kinds else 0
 
         return failing
+
+
+def faults(folder: Path, backend: str, number: int, *, least: int, of_life: int = 1 << 30) -> Counter[str]:
+    """Fail calls of workers' lives, from the first to the last (`of_life`: so many of each, evenly), until `least` were
+    failed; how often which.
+    """
+    chance = random.Random(number)
+    failed: Counter[str] = Counter()
+    with uncounted_pages():
+        while failed.total() < least:
+            life = chance.getrandbits(40)
+            total = len(attempt(folder / "log", life, backend, None).made)
+            step = max(1, total // of_life)
+            for nth in range(chance.randrange(step), total, step):
+                often = chance.choice(("once", "once", "forever", "late"))
+                error = errno.EIO if chance.random() < 0.5 else chance.choice(ERRORS)
+                if often == "forever" and error in (errno.EINTR, errno.EAGAIN) and chance.random() < 0.9:
+                    often = "once"  # what passes by itself is waited for: half a minute of each such attempt
+                fault = Fault(nth, error, forever=often == "forever", late=often == "late")
+                try:
+                    failed.update(attempt(folder / "log", life, backend, fault).failed[:1])
+                except Exception as wrong:
+                    raise AssertionError(f"{backend}, life {life}, {fault}: {wrong!r}") from wrong
+    return failed
 
 
 def told_to(known: Known) -> Callable[[Message], None]:
@@ -79,7 +109,7 @@ def attempt(path: Path, life: int, backend: str, fault: Fault | None) -> Failing
     settings = settings_of(path, life, backend)
     known = Known(life)
     calls = FailingCalls(fault.plan() if fault else lambda *_: 0, late=bool(fault and fault.late), clock=Hasty())
-    with telling_what_leaves(told_to(known)):
+    with telling_what_leaves(told_to(known)), unbroken_threads():
         try:
             store = open_store(settings, SystemClock(), SystemEntropy(), calls=calls)
         except StoreError:
@@ -121,8 +151,26 @@ def locked(path: Path) -> bool:
 
 
 @contextmanager
+def unbroken_threads() -> Iterator[None]:
+    """Raises AssertionError when a thread ended with an error meanwhile."""
+    died: list[str] = []
+
+    def told(uncaught: threading.ExceptHookArgs) -> None:
+        died.append("".join(traceback.format_exception(uncaught.exc_value)))
+
+    plain = threading.excepthook
+    threading.excepthook = told
+    try:
+        yield
+    finally:
+        threading.excepthook = plain
+    assert not died, f"a thread died: {died[0]}"
+
+
+@contextmanager
 def looked_at(settings: StoreSettings, known: Known) -> Iterator[Store]:
     """The store, opened without faults and held to what is known."""
+    known.begin()
     with telling_what_leaves(told_to(known)):
         store = open_store(settings, SystemClock(), SystemEntropy())
         try:
@@ -145,12 +193,19 @@ def goes_on(store: Store, known: Known) -> bool:
     return durable >= outcomes[-1].sequence
 
 
-def main() -> None:
-    path, life, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    told, known = Pipe(os.dup(1)), Known(life)
+def strained(number: int) -> int:
+    """The life of a worker that strace watches: it has one log, by this number."""
+    return random.Random(number).getrandbits(40)
+
+
+def work(folder: Path, number: int) -> None:
+    """Work on a store, and tell."""
+    life = strained(number)
+    told, known = Pipe(os.open(folder / f"{number}.told", os.O_WRONLY | os.O_CREAT, 0o600)), Known(life)
     with telling_what_leaves(told):
         try:
-            store = open_store(settings_of(path, life, "threads"), SystemClock(), SystemEntropy())
+            settings = settings_of(folder / f"{number}.log", life, "threads")
+            store = open_store(settings, SystemClock(), SystemEntropy())
         except StoreError as error:
             told(["failed", repr(error)])
             return
@@ -165,5 +220,31 @@ def main() -> None:
         os._exit(0)
 
 
+def work_apart(folder: Path, numbers: list[int]) -> int:
+    """One after the other in processes that are warm already; 0 when none ended with an error of its own."""
+    for number in numbers:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with uncounted_pages():
+                    work(folder, number)
+                os._exit(0)
+            except BaseException:  # noqa: BLE001 - whatever it is, the parent goes on as the parent
+                traceback.print_exc()
+                os._exit(1)
+        if os.waitpid(pid, 0)[1]:
+            return 1
+    return 0
+
+
+def main() -> int:
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    if what == "work":
+        return work_apart(folder, [int(number) for number in sys.argv[3:]])
+    backend, number, least = sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+    print(json.dumps(faults(folder, backend, number, least=least)))
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -46,6 +46,7 @@ from isthmus.contracts.blocks import (
 )
 from isthmus.contracts.errors import StoreError
 from isthmus.contracts.keys import BlockKey
+from isthmus.state.kv.arena import memory
 from isthmus.state.kv.log.format import SLOT, Rows
 from isthmus.state.kv.log.ledger import Ledger, segment_and_slot
 from isthmus.state.kv.log.segments import Segment
@@ -188,6 +189,19 @@ def telling_what_leaves(told: Told) -> Iterator[None]:
         Ledger.unindex = plain  # type: ignore[method-assign]
 
 
+@contextmanager
+def uncounted_pages() -> Iterator[None]:
+    """Arenas that are made meanwhile do not ask which of their pages are huge: among all that a test has mapped that
+    takes as long as a small log's recovery, and nothing that is tried here depends on it.
+    """
+    plain = memory.huge_bytes
+    memory.huge_bytes = lambda *_: 0
+    try:
+        yield
+    finally:
+        memory.huge_bytes = plain
+
+
 def read_pieces(store: BlockStore, pieces: Sequence[Piece]) -> list[tuple[Outcome, bytes]]:
     """Read records, some at a time, as a client does."""
     found: list[tuple[Outcome, bytes]] = []
@@ -199,6 +213,11 @@ def read_pieces(store: BlockStore, pieces: Sequence[Piece]) -> list[tuple[Outcom
             outcomes = store.read(lease, wants, 10.0)
         found += [(outcome, bytes(into)) for outcome, into in zip(outcomes, buffers, strict=True)]
     return found
+
+
+def forgets_of(stats: StoreStats) -> dict[tuple[bytes, bytes], int]:
+    """The numbers of the forgets that a store remembers, by scope."""
+    return {(one.namespace_id, one.session_id or NO_SESSION): one.number for one in stats.erasures}
 
 
 class State(enum.Enum):
@@ -217,12 +236,15 @@ class Status:
 @dataclass
 class Doubt:
     """A forget that was not answered, or whose answer nobody heard. `covered`: what it forgot if it is in force;
-    `again`: what was offered once more since, so that it may be there either way.
+    `again`: what was offered once more since, so that it may be there either way. `refused`: the disk had failed; then
+    it was in force until the process ended (as `Forgetting.forget` says), and some of it may be gone even if it is not
+    in force any more.
     """
 
     scope: tuple[bytes, bytes]
     covered: set[int]
     again: set[int] = field(default_factory=set)
+    refused: bool = False
 
 
 @dataclass
@@ -281,15 +303,27 @@ class Known:
                 self.forgets[namespace, session] = number
                 self.doubts = [one for one in self.doubts if one.scope != (namespace, session)]
                 self._never(self._covered(namespace, session))
-            case ["open"]:
-                self._begin()
-            case ["wrong", text]:
+            case ["held" | "amiss", *_] if self._cut:
+                # Whoever looked without power found nothing, whatever is there.
+                pass
+            case ["held", forgets, found]:
+                self._resolve({(namespace, session): number for namespace, session, number in forgets})
+                try:
+                    self._judge(dict(found))
+                except AssertionError as wrong:
+                    self.wrong.append(str(wrong))
+            case ["refused"]:
+                self.counts["refused"] += 1
+                self.doubts[-1].refused = True
+            case ["wrong" | "amiss", text]:
                 self.wrong.append(text)
             case [name, *_]:
                 self.counts[name] += 1
 
-    def _begin(self) -> None:
-        """The log was opened anew: what was not durable may be there, and sequences may go on from a lower one."""
+    def begin(self) -> None:
+        """The log is about to be opened anew: what was not durable may be there, and sequences may go on from a lower
+        one. What is told to leave from now on, while it is being opened already, is heard.
+        """
         for number in self._held:
             self.status[number].state = State.MAY
         self._held.clear()
@@ -331,40 +365,49 @@ class Known:
             self.status[number].state = State.NEVER
         self._held -= numbers
 
-    def recovered(self, store: Store) -> None:
-        """Hold a store that was opened after a death, while it told us what leaves, to what is known. Raises
-        AssertionError.
+    def recovered(self, store: Store) -> Message:
+        """Hold a store that was opened after `begin`, while it told us what leaves, to what is known. What was seen, as
+        somebody else may `hear` it who knows the same. Raises AssertionError.
         """
         log = store._parts.log
         assert log is not None
-        self.hold(store, store.stats())
+        seen = self.hold(store, store.stats())
         corrupt = self.counts["read_corrupt"] + log.stats().counts.get("quarantined", 0)
         assert not corrupt, f"{corrupt} records turned out to be corrupt"
         log.check()
+        return seen
 
-    def hold(self, store: BlockStore, stats: StoreStats) -> None:
+    def hold(self, store: BlockStore, stats: StoreStats) -> Message:
         """As `recovered`, through a store's port alone. `stats`: from when it was opened."""
         assert not self.wrong, "; ".join(self.wrong)
-        self._resolve(stats)
-        self._begin()
+        forgets = forgets_of(stats)
+        self._resolve(forgets)
         numbers = sorted(self.status)
-        found = read_pieces(store, [piece(self.life, number) for number in numbers])
+        found: dict[int, str] = {}
+        pieces = [piece(self.life, number) for number in numbers]
+        for number, one, (outcome, data) in zip(numbers, pieces, read_pieces(store, pieces), strict=True):
+            found[number] = outcome.reason.value
+            assert outcome.reason is not Reason.HIT or data == one.payload, f"record {number} reads back wrong"
+        self._judge(found)
+        return ["held", [[*scope, number] for scope, number in forgets.items()], list(found.items())]
+
+    def _judge(self, found: dict[int, str]) -> None:
+        """What was found of each record is what may be. Raises AssertionError."""
+        assert len(found) == len(self.status), "all that was ever offered is looked for"
         missing = []
-        for number, (outcome, data) in zip(numbers, found, strict=True):
-            one, status = piece(self.life, number), self.status[number]
-            self.counts[f"read_{outcome.reason}"] += 1
-            if outcome.reason is Reason.HIT:
-                assert data == one.payload, f"record {number} reads back wrong"
+        for number, reason in found.items():
+            status = self.status[number]
+            self.counts[f"read_{reason}"] += 1
+            if reason == Reason.HIT.value:
                 assert status.state is not State.NEVER, f"record {number} was forgotten and is back"
                 if status.state is State.MAY and number not in self._gone:
                     status.state = State.MUST  # what recovery found is durable
             elif status.state is State.MUST:
-                missing.append(f"{number} ({outcome.reason})")
+                missing.append(f"{number} ({reason})")
         assert not missing, f"durable records that are gone: {', '.join(missing)}"
 
-    def _resolve(self, stats: StoreStats) -> None:
-        """Forgets that were not answered: the log says whether they are in force."""
-        now = {(one.namespace_id, one.session_id or NO_SESSION): one.number for one in stats.erasures}
+    def _resolve(self, now: dict[tuple[bytes, bytes], int]) -> None:
+        """Forgets that were not answered: the log says which are in force."""
         for doubt in self.doubts:
             if now.get(doubt.scope, 0) > self.forgets.get(doubt.scope, 0):
                 self.counts["forgets_in_force"] += 1
@@ -373,6 +416,10 @@ class Known:
                     if self.status[number].state is not State.NEVER:
                         self.status[number].state = State.MAY
                         self._held.discard(number)
+            elif doubt.refused:
+                for number in doubt.covered:
+                    if self.status[number].state is State.MUST:
+                        self.status[number].state = State.MAY
         self.doubts.clear()
         self.forgets = now
 
@@ -457,7 +504,7 @@ class Worker:
         try:
             erasure = self._store.admin.forget(namespace, session)
         except StoreError:
-            self._told(["refused"])  # the disk has failed: in doubt, as after a death
+            self._tell(["refused"])  # the disk has failed: in doubt, as after a death
             return
         self._tell(["forgotten", namespace, session, erasure.number])
 

@@ -32,7 +32,7 @@ def missing() -> str:
         return "mounting takes root"
     if not Path("/dev/loop-control").exists():
         return "there are no loop devices"
-    tools = [name for name in ("mkfs.ext4", "mount", "umount") if not _which(name)]
+    tools = [name for name in ("mkfs.ext4", "losetup") if not _which(name)]
     return f"there is no {tools[0]}" if tools else ""
 
 
@@ -40,7 +40,14 @@ def _which(name: str) -> bool:
     return any((Path(folder) / name).exists() for folder in ("/sbin", "/usr/sbin", "/bin", "/usr/bin"))
 
 
-class PoweredCalls(Calls):
+class PatientCalls(Calls):
+    """Asks more often whether a dead process's rings have let go of a file."""
+
+    def pause(self, seconds: float) -> None:
+        super().pause(min(seconds, 0.001))
+
+
+class PoweredCalls(PatientCalls):
     """`cached`: no O_DIRECT, as on a filesystem that has none."""
 
     def __init__(self, *, cached: bool) -> None:
@@ -95,6 +102,7 @@ class Powered(Ground):
         self._image = folder / "image"
         self._mounted = folder / "mounted"
         self._mounted.mkdir()
+        self._libc = ctypes.CDLL(None, use_errno=True)
         self._lives = 0
         with self._image.open("wb") as file:
             file.truncate(size)
@@ -107,10 +115,12 @@ class Powered(Ground):
 
     def _format(self) -> None:
         command("mkfs.ext4", "-qF", "-E", "nodiscard", "-O", "^metadata_csum_seed", str(self._image))
+        self._device = command("losetup", "--find", "--show", str(self._image)).strip()
         self._mount()
 
     def _mount(self) -> None:
-        command("mount", "-o", "loop", str(self._image), str(self._mounted))
+        if self._libc.mount(self._device.encode(), bytes(self._mounted), b"ext4", 0, None):
+            raise _failure()
         self._descriptor = os.open(self._mounted, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.is_cut = False
 
@@ -120,9 +130,11 @@ class Powered(Ground):
             self._descriptor = -1
         until = time.monotonic() + WITHIN_S
         # A dead process's rings have the file for a moment longer.
-        while subprocess.run(["umount", str(self._mounted)], check=False, capture_output=True).returncode:
-            assert time.monotonic() < until, "the filesystem stays busy"
-            time.sleep(0.005)
+        while self._libc.umount2(bytes(self._mounted), 0):
+            failure = _failure()
+            if failure.errno != errno.EBUSY or time.monotonic() > until:
+                raise failure
+            time.sleep(0.001)
 
     def fresh(self) -> None:
         if self.is_cut:
@@ -161,17 +173,23 @@ class Powered(Ground):
 
     def close(self) -> None:
         self._unmount()
+        command("losetup", "--detach", self._device)
 
 
 def own_mounts() -> None:
     """Mounts made from now on are seen by this process and its children alone."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_NEW_MOUNTS) or libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise _failure()
 
 
-def command(*words: str) -> None:
-    """Run a command that must succeed."""
+def _failure() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+def command(*words: str) -> str:
+    """Run a command that must succeed; what it says."""
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout

@@ -2,7 +2,12 @@
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+MEMORY = Path("/dev/shm")
 
 
 def examples(quick: int, release: int) -> int:
@@ -21,3 +26,16 @@ def tally(counts: dict[str, int]) -> None:
     if report:
         with Path(report).open("a") as file:
             file.write(json.dumps(counts) + "\n")
+
+
+@contextmanager
+def in_memory(instead: Path) -> Iterator[Path]:
+    """A folder in a filesystem of memory; one under `instead` where there is none."""
+    place = MEMORY if os.access(MEMORY, os.W_OK) else instead
+    with tempfile.TemporaryDirectory(dir=place, prefix="isthmus-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def volatile(folder: Path) -> bool:
+    """Whether a folder is of `in_memory` and really there."""
+    return folder.is_relative_to(MEMORY)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, VOCABULARY = 768, 12, 12, 4, 2048, 32_000
-POSITIONS = 4096
+POSITIONS = 9216
+"""Room for a conversation of 8k tokens and its answer."""
 TOKEN_CHARS = 4
 _HEAD_DIM = HIDDEN // HEADS
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -55,9 +56,13 @@ def flops(rows: int, sampled: int) -> int:
 
 
 def make(folder: Path, seed: int, progress: Callable[[float], None]) -> None:
-    """Write the model into `folder`, unless it is there already. The weights come last: whole or not at all."""
-    weights = folder / "model.safetensors"
+    """Write the model into `folder`, unless it is there already. The weights come last: whole or not at all. Another
+    number of positions only takes another configuration.
+    """
+    weights, config = folder / "model.safetensors", folder / "config.json"
     if weights.exists():
+        if config.read_text() != json.dumps(_config(), ensure_ascii=False):
+            config.write_text(json.dumps(_config(), ensure_ascii=False))
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", _config()), ("tokenizer.json", _tokenizer()), *_SMALL_FILES):

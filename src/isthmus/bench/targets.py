@@ -182,8 +182,13 @@ class ServerTarget(TreeTarget):
         return {part: float(seconds) for part, seconds in _PART.findall(self.page("/metrics") or "")}
 
     def run(self, asks: Sequence[Ask]) -> list[Trace]:
-        """See `Target`."""
-        return asyncio.run(ask_server(self._port, self._model, asks))
+        """See `Target`. A server that has ended says why by the end of its log."""
+        try:
+            return asyncio.run(ask_server(self._port, self._model, asks))
+        except BadAnswer as error:
+            if self.child.poll() is not None:
+                raise self.failure(f"ended with status {self.child.returncode}") from error
+            raise
 
 
 class LinesTarget(TreeTarget):

