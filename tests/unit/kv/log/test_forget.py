@@ -1,5 +1,6 @@
 """Forgetting: dead at once, off the disk soon, and never back."""
 
+import errno
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ from tests.support.sim_disk import SimDisk
 from isthmus.contracts.blocks import Lifetime, Owner, Reason, Want
 from isthmus.contracts.errors import DiskFailed, Overloaded
 from isthmus.contracts.keys import BlockKey
-from isthmus.state.kv.log import scrub
+from isthmus.state.kv.log import forgetting, scrub
 from isthmus.state.kv.log.control import Control
 from isthmus.state.kv.log.drive import Stepped
 from isthmus.state.kv.log.erasure import ENTRY_BYTES, HEADER_BYTES, Scope
@@ -195,6 +196,29 @@ def test_a_forget_that_cannot_be_made_durable_says_so() -> None:
     for seed in range(10):
         again = opened(SimDisk(image=world.disk.image(seed)), world.settings)
         assert {entry.owner for entry in again.scan()} == {OTHER}
+
+
+def refused(*_: object) -> int:
+    raise DiskFailed("write", errno.EIO)
+
+
+def test_what_was_refused_is_left_alone_until_it_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scrubbed before, its records would be damaged after a restart, which knows of no erasure."""
+    world = World()
+    mixed(world)
+    world.settle()
+    with monkeypatch.context() as failing:
+        failing.setattr(forgetting, "write_erasures", refused)
+        with pytest.raises(DiskFailed):
+            world.log.forget(Scope.of(MINE.namespace_id))
+        world.run(3 * forgetting.RETRY_S)
+        again = opened(SimDisk(image=world.disk.image(0)), world.settings)
+        found = read_all(again, [kept.record for kept in world.kept.values()])
+        assert {outcome.reason for outcome, _ in found.values()} == {Reason.HIT}
+    world.run(2 * forgetting.RETRY_S)  # and is durable without having been asked for again
+    assert world.log.stats().erasures_pending == 0
+    assert traces(world, MINE, bytes(world.disk.durable)) == 0
+    assert {entry.owner for entry in opened(SimDisk(image=world.disk.image(0)), world.settings).scan()} == {OTHER}
 
 
 def test_too_many_at_once_are_refused() -> None:

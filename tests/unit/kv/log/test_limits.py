@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from tests.support.logs import EXTENT, NAMESPACES, World, key_of, payload_of, read, record, small_settings
+from tests.support.sim_disk import SimDisk
 
 from isthmus.contracts.blocks import Owner, Reason, Want
-from isthmus.contracts.clock import SystemClock, SystemEntropy
+from isthmus.contracts.clock import ManualClock, SystemClock, SystemEntropy
 from isthmus.contracts.errors import DiskFailed
 from isthmus.contracts.keys import BlockKey
 from isthmus.state.kv.io.disk import Disk, open_disk
-from isthmus.state.kv.log.control import IO_LIMIT_S
+from isthmus.state.kv.log.control import IO_LIMIT_S, Control
 from isthmus.state.kv.log.erasure import Scope
 from isthmus.state.kv.log.log import SegmentLog
 from isthmus.state.kv.log.opening import open_log
@@ -48,6 +49,28 @@ def test_a_disk_that_never_answers_makes_nobody_wait_longer_than_told() -> None:
     assert world.clock.monotonic() - begin <= IO_LIMIT_S + 1.0
     assert world.log.stats().pins == 0
     world.disk.stall = None
+
+
+def test_a_disk_that_refuses_another_channel_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, clock = SimDisk(1 << 20), ManualClock()
+    control = Control(disk, clock)
+    control.write(4096, bytes(range(256)) * 16)
+    disk.stall = clock.advance
+    with pytest.raises(DiskFailed):
+        control.read(4096, 512)
+    disk.stall, plain = None, disk.channel
+    monkeypatch.setattr(disk, "channel", refuse)
+    for _ in range(2):
+        with pytest.raises(DiskFailed, match="io_uring_setup"):
+            control.read(4096, 512)
+    monkeypatch.setattr(disk, "channel", plain)
+    assert control.read(4096, 256) == bytes(range(256))
+    control.close()
+    control.close()
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise DiskFailed("io_uring_setup", errno.ENOMEM)
 
 
 def test_writes_that_cannot_be_heard_of_are_not_asked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ Backend = Literal["auto", "io_uring", "threads"]
 
 CLOSE_S = 10.0
 """How long the closing of a channel waits for what is in flight."""
-LOCK_S = 0.5
+LOCK_S = 3.0
 """How long a disk that somebody else has open is tried: a process that was killed keeps the lock a moment longer than
 its life, until the kernel has taken down its rings.
 """

@@ -7,9 +7,10 @@ changing and writing, for which nobody else may write there at the time.
 import errno
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from isthmus.contracts.clock import Clock
-from isthmus.contracts.errors import DiskFailed
+from isthmus.contracts.errors import DiskFailed, IsthmusError
 from isthmus.state.kv.io.buffers import AlignedBuffers
 from isthmus.state.kv.io.disk import Disk
 from isthmus.state.kv.io.transfers import Channel, Op, Transfer
@@ -19,6 +20,15 @@ IO_LIMIT_S = 30.0
 """How long the disk may take over one call before it counts as failed."""
 _DEPTH = 8
 _BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A channel, and the memory that it moves."""
+
+    buffers: AlignedBuffers
+    views: list[memoryview]
+    channel: Channel
 
 
 class Control:
@@ -31,12 +41,18 @@ class Control:
         self._size = buffer_bytes
         self._lock = threading.Lock()
         self._tags = 0
-        self._buffers, self._views, self._channel = self._made()
+        self._made: _Made | None = self._make()
 
-    def _made(self) -> tuple[AlignedBuffers, list[memoryview], Channel]:
+    def _make(self) -> _Made:
         buffers = AlignedBuffers(self._depth, self._size)
         views = [view for _ in range(self._depth) if (view := buffers.take()) is not None]
-        return buffers, views, self._disk.channel(self._depth, buffers)
+        try:
+            return _Made(buffers, views, self._disk.channel(self._depth, buffers))
+        except IsthmusError:
+            for view in views:
+                buffers.give(view)
+            buffers.close()
+            raise
 
     def read(self, offset: int, length: int) -> bytearray:
         """The bytes of one range."""
@@ -78,7 +94,7 @@ class Control:
                 at = pieces[index][0] - offset
                 target[:] = view[at : at + len(target)]
 
-            failed = self._run(Op.WRITE, pieces, fill, None)
+            failed = self._run(Op.WRITE, pieces, fill)
         if failed:
             raise DiskFailed("write", next(iter(failed.values())))
 
@@ -97,41 +113,47 @@ class Control:
     def close(self) -> None:
         """End the channel: bounded (see `Channel.close`)."""
         with self._lock:
-            self._channel.close()
-            self._give_back()
+            self._end()
 
-    def _give_back(self) -> None:
-        for view in self._views:
-            self._buffers.give(view)
-        self._views = []
-        self._buffers.close()
+    def _end(self) -> None:
+        """What is in flight may still move these buffers' bytes: nobody goes on with them."""
+        made, self._made = self._made, None
+        if made is not None:
+            made.channel.close()
+            for view in made.views:
+                made.buffers.give(view)
+            made.buffers.close()
 
     def _read(self, pieces: Sequence[tuple[int, int]], take: Callable[[int, memoryview], None]) -> dict[int, int]:
         with self._lock:
-            return self._run(Op.READ, pieces, None, take)
+            return self._run(Op.READ, pieces, take)
 
     def _run(
         self,
         op: Op,
         pieces: Sequence[tuple[int, int]],
-        fill: Callable[[int, memoryview], None] | None,
-        take: Callable[[int, memoryview], None] | None,
+        hand: Callable[[int, memoryview], None],
     ) -> dict[int, int]:
-        """Move all pieces, several in flight; the errno of each that failed, by its index."""
+        """Move all pieces, several in flight; the errno of each that failed, by its index.
+
+        `hand` is given each piece's memory: of a write, to fill it; of a read, once it was filled.
+        """
         failed: dict[int, int] = {}
+        # After a failure others are made when they are needed: the disk may refuse that as well, for a while.
+        self._made = made = self._made or self._make()
         try:
-            self._move(op, pieces, fill, take, failed)
+            self._move(made, op, pieces, hand, failed)
         except DiskFailed:
-            self._start_over()
+            self._end()
             raise
         return failed
 
     def _move(
         self,
+        made: _Made,
         op: Op,
         pieces: Sequence[tuple[int, int]],
-        fill: Callable[[int, memoryview], None] | None,
-        take: Callable[[int, memoryview], None] | None,
+        hand: Callable[[int, memoryview], None],
         failed: dict[int, int],
     ) -> None:
         idle = list(range(self._depth))
@@ -143,28 +165,22 @@ class Control:
             while following < len(pieces) and idle:
                 number = idle.pop()
                 offset, length = pieces[following]
-                view = self._views[number][:length]
-                if fill is not None:
-                    fill(following, view)
+                view = made.views[number][:length]
+                if op is Op.WRITE:
+                    hand(following, view)
                 self._tags += 1
                 flying[self._tags] = (following, number)
                 batch.append(Transfer(op, offset, view, self._tags))
                 following += 1
             if batch:
-                self._channel.submit(batch)
+                made.channel.submit(batch)
             left = deadline - self._clock.monotonic()
             if left <= 0:
                 raise DiskFailed(op.name.lower(), errno.ETIMEDOUT)
-            for completion in self._channel.wait(1, left):
+            for completion in made.channel.wait(1, left):
                 index, number = flying.pop(completion.tag)
                 idle.append(number)
                 if completion.error:
                     failed[index] = completion.error
-                elif take is not None:
-                    take(index, self._views[number][: pieces[index][1]])
-
-    def _start_over(self) -> None:
-        """What is in flight may still move these buffers' bytes: go on with others."""
-        self._channel.close()
-        self._give_back()
-        self._buffers, self._views, self._channel = self._made()
+                elif op is Op.READ:
+                    hand(index, made.views[number][: pieces[index][1]])

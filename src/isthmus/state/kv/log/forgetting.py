@@ -18,6 +18,9 @@ from isthmus.state.kv.log.ledger import Ledger, segment_and_slot
 from isthmus.state.kv.log.recovery import write_erasures
 from isthmus.state.kv.log.segments import READABLE, Segment
 
+RETRY_S = 5.0
+"""Between two tries to make durable what was refused."""
+
 
 class Forgetting:
     """See the module. Safe to call from several threads. `seq`: of the table on the disk."""
@@ -40,16 +43,20 @@ class Forgetting:
         self._superblock = superblock
         self._seq = seq
         self._doubtful = 0
+        self._asked = 0
+        self._not_before = 0.0
         self._one = threading.Lock()
 
     def forget(self, scope: Scope) -> int:
         """Forget everything of a scope that was taken in before this returns; the erasure's number.
 
         Raises `Overloaded` when too many erasures are being carried out, and `DiskFailed` when it could not be made
-        durable: it is in force then, but may not be after a restart, so it has to be asked for again.
+        durable: it is in force then, but after a restart only if a later `retry` went well, so it has to be asked for
+        again.
         """
         with self._one:
             table = self._ledger.erasures.forget(scope, self._superblock.geometry.erasure_bytes)
+            self._asked = table.epoch
             try:
                 self._store(table)
             finally:
@@ -59,6 +66,14 @@ class Forgetting:
                     self._changed.notify_all()
             self._unindex(ErasureTable(table.epoch, 0, table.entries[-1:]))
             return table.number
+
+    def retry(self, now: float) -> None:
+        """Make durable what could not be when it was asked for. Raises `DiskFailed`, at most every `RETRY_S`."""
+        if self._ledger.erasures_stored >= self._asked or now < self._not_before:
+            return
+        with self._one:
+            self._not_before = now + RETRY_S
+            self._store(self._ledger.erasures)
 
     def finish(self, epoch: int) -> None:
         """Every erasure up to `epoch` was carried out. Raises `DiskFailed`: then a restart does it again."""
@@ -80,6 +95,9 @@ class Forgetting:
             if not self._committer.commit():
                 raise DiskFailed("fdatasync", errno.EIO)
         self._doubtful = 0
+        with self._changed:
+            self._ledger.erasures_stored = table.epoch
+            self._changed.notify_all()
 
     def _segments(self, table: ErasureTable) -> list[Segment]:
         """Where records of the only scope of `table` may be found."""

@@ -34,11 +34,12 @@ class Housekeeper:
         """Whether anything was done."""
         moved = self._evictor.step(now)
         epoch, scrubbed = self._scrubber.step(now)
-        if epoch:
-            try:
+        try:
+            self._forgetting.retry(now)
+            if epoch:
                 self._forgetting.finish(epoch)
-            except DiskFailed:
-                # They are carried out, which a restart will find out again.
-                with self._changed:
-                    self._ledger.counts["scrub_errors"] += 1
+        except DiskFailed:
+            # What was carried out a restart will find out again; what was not stored was refused.
+            with self._changed:
+                self._ledger.counts["scrub_errors"] += 1
         return self._readers.mend() or moved or scrubbed

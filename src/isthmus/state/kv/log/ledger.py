@@ -66,6 +66,8 @@ class Ledger:
         self.index = index
         self.seed = seed
         self.erasures = ErasureTable()
+        self.erasures_stored = 0
+        """Up to this epoch they are in force after a restart too."""
         self.sequence = 0
         self.durable = 0
         self.completed = 0

@@ -63,7 +63,7 @@ def open_log(
         own = Own(_taken(buffers), _taken(buffers))
         seq, erasures = read_erasures(control, superblock)
         ledger = _empty(superblock, Staging(buffers, crew), settings)
-        ledger.erasures = erasures
+        ledger.erasures, ledger.erasures_stored = erasures, erasures.epoch
         recovery = Recovery(ledger, disk, control, superblock)
         recovery.run(clock.wall())
         disk.sync()

@@ -2,6 +2,7 @@
 
 Promises
 
+- nothing is touched for an erasure that is not durable itself: after a restart its records would be damaged, not dead;
 - an erasure is `done` only after all of this was durable: the dead records of every segment are holes of zeros, no
 directory names them, and what lies beside the records of any segment (of an earlier generation, or of a write that was
 repeated elsewhere) is zeros too;
@@ -100,7 +101,8 @@ class Scrubber:
         anything was done.
         """
         with self._changed:
-            pending = self._ledger.erasures.pending
+            stored = self._ledger.erasures_stored
+            pending = tuple(entry for entry in self._ledger.erasures.pending if entry.epoch <= stored)
             if not pending or now < self._not_before:
                 return 0, False
             if not self._epoch:
