@@ -38,10 +38,12 @@ def pipeline(folder: Path, threads: int, dtype: str) -> Any:
     scheduler.max_num_batched_tokens = BATCH_TOKENS
     scheduler.enable_prefix_caching = True
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": dtype}
-    if dtype == "f32":
-        # Left to itself it takes a bfloat16 cache where there is AVX-512 and then refuses it in this precision.
+    try:
+        return genai.ContinuousBatchingPipeline(str(converted(folder)), scheduler, "CPU", settings)
+    except RuntimeError:
+        # With AVX-512 alone it takes a bfloat16 cache by itself and then refuses it.
         settings["KV_CACHE_PRECISION"] = "f32"
-    return genai.ContinuousBatchingPipeline(str(converted(folder)), scheduler, "CPU", settings)
+        return genai.ContinuousBatchingPipeline(str(converted(folder)), scheduler, "CPU", settings)
 
 
 def run(pipe: Any, asks: list[Ask], number: int) -> list[Trace]:
