@@ -18,6 +18,7 @@ from isthmus.execution.inference import runner as runner_module
 from isthmus.execution.inference.batch import Batch, SampleTask, SequenceSlice, TokenHistory
 from isthmus.execution.inference.compiled.spec import Machine
 from isthmus.execution.inference.exact_proof import exact_arithmetic
+from isthmus.execution.inference.linear import dense
 from isthmus.execution.inference.runner import TorchRunner
 
 LENGTHS = (1, 7, 18, 33, 70, 71, 100, 3)
@@ -262,6 +263,26 @@ def test_bfloat16_weights_are_served_in_what_the_processor_computes_in(
     runner = open_tiny(tmp_path, dtype=asked)
     assert runner.info.dtype is expected
     runner.close()
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512_bf16", "amx", "arm", "expected"),
+    [
+        ("x86_64", False, False, True, False),  # oneDNN says yes wherever there is AVX-512
+        ("x86_64", True, False, True, True),
+        ("AMD64", False, True, True, True),
+        ("aarch64", False, False, True, True),
+        ("aarch64", False, False, False, False),
+    ],
+)
+def test_only_instructions_for_bfloat16_count_as_arithmetic(
+    machine: str, avx512_bf16: bool, amx: bool, arm: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
+    assert dense.computes_bf16() is expected
 
 
 @pytest.mark.parametrize(
