@@ -70,6 +70,11 @@ class Target(Protocol):
         ...
 
 
+def end_when_told() -> None:
+    """From now on SIGTERM ends this process as Ctrl-C does, with whatever it has started, paused or not."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 class TreeTarget:
     """What both kinds of target share: a child with its descendants, its errors in a log. `_pipe` is its other two."""
 

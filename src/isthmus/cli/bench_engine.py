@@ -13,7 +13,7 @@ from typing import Any
 from isthmus.bench import engines, meters, model, report, workloads
 from isthmus.bench.client import BadAnswer
 from isthmus.bench.limits import Machine
-from isthmus.bench.targets import ScriptTarget, ServerTarget, Target
+from isthmus.bench.targets import ScriptTarget, ServerTarget, Target, end_when_told
 from isthmus.cli.failure import FAILED, OK, USAGE, CommandFailed
 from isthmus.cli.terminal import BOLD, DIM, Screen
 
@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandFailed("--rounds is 1 to 100, --per-s up to 1000, --threads 0 to 1024", USAGE)
     if arguments.device != "cpu" and (arguments.peer or arguments.exact or arguments.profile):
         raise CommandFailed("the peers, --exact and --profile are for device cpu", USAGE)
+    end_when_told()
     screen = Screen()
     plan = engines.Plan(arguments.workload or workloads.NAMES, arguments.rounds, arguments.seed, arguments.per_s)
     threads = arguments.threads or len(os.sched_getaffinity(0))

@@ -10,6 +10,7 @@ from typing import Any
 
 from isthmus.bench import meters, model, report, turns
 from isthmus.bench.client import BadAnswer
+from isthmus.bench.targets import end_when_told
 from isthmus.cli.bench_engine import own_server, own_state, peer_server
 from isthmus.cli.failure import FAILED, OK, USAGE, CommandFailed
 from isthmus.cli.terminal import BOLD, DIM, Screen
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and report."""
     if not 2 <= arguments.turns <= MOST_TURNS:
         raise CommandFailed(f"--turns is 2 to {MOST_TURNS}", USAGE)
+    end_when_told()
     screen = Screen()
 
     def say(text: str) -> None:
