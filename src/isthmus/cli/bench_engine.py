@@ -109,9 +109,9 @@ def own_server(name: str, flags: list[str], common: list[str], work: Path) -> Se
     folder, threads, dtype = common
     state = own_state(common, name)
     command = [sys.executable, "-m", "isthmus", "serve", folder, "--port", "{port}", "--state-dir", str(state), *flags]
-    if "--exact" not in flags:
-        flags = [*flags, "--dtype", dtype]
     command += ["--threads", threads, "--model-name", _NAME]
+    if "--exact" not in flags:
+        command += ["--dtype", dtype]
     return ServerTarget(name, command, {}, work / f"{name}.log", _NAME)
 
 
