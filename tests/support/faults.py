@@ -79,7 +79,7 @@ def faults(folder: Path, backend: str, number: int, *, least: int, of_life: int 
                 fault = Fault(nth, error, forever=often == "forever", late=often == "late")
                 try:
                     failed.update(attempt(folder / "log", life, backend, fault).failed[:1])
-                except Exception as wrong:
+                except Exception as wrong:  # raised again, with what is needed to repeat it
                     raise AssertionError(f"{backend}, life {life}, {fault}: {wrong!r}") from wrong
     return failed
 

@@ -5,6 +5,7 @@ The kernel is the plain one, a captured step is the step itself: what is tried i
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from tests.support.paged import PLAIN, again, plain_kernel
 from tests.support.tiny_models import MODELS, Request, generate, greedy, make_model, open_tiny
 from tests.unit.inference_runner import test_windows as windows
+from triton.compiler.errors import CompilationError
 
 from isthmus.contracts.errors import EngineFailed
+from isthmus.execution.inference.attention import paged_launch
 from isthmus.execution.inference.attention.gathered import GatheredAttention
-from isthmus.execution.inference.attention.paged import PagedAttention, Tables
+from isthmus.execution.inference.attention.paged import PagedAttention, PagedKernel, Tables
 from isthmus.execution.inference.batch import Batch
 from isthmus.execution.inference.gpu import FAILED, READY, Accelerator, graph_sizes
 from isthmus.execution.inference.graphs import Output
@@ -135,8 +138,38 @@ def frozen(work: Callable[[], Output]) -> Callable[[], Output]:
     return lambda: output
 
 
+def largest_frozen() -> Callable[[Callable[[], Output]], Callable[[], Output]]:
+    """A capture that goes wrong once, for the size that is captured first."""
+    made: list[object] = []
+
+    def capture(work: Callable[[], Output]) -> Callable[[], Output]:
+        made.append(work)
+        return frozen(work) if len(made) == 1 else work
+
+    return capture
+
+
 def failing(work: Callable[[], Output]) -> Callable[[], Output]:
     raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def uncompiled() -> PagedKernel:
+    """Triton's own launch, of a kernel that its compiler refuses."""
+    kernel = paged_launch.TritonKernel(4)
+
+    class Refused:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*_: object, **__: object) -> None:
+                raise CompilationError("", None, "no such instruction")
+
+            return launch
+
+    def launched(*arguments: Any) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paged_launch, "attend_part", Refused())
+            return kernel(*arguments)
+
+    return launched
 
 
 @pytest.mark.parametrize(
@@ -146,9 +179,11 @@ def failing(work: Callable[[], Output]) -> Callable[[], Output]:
         (Accelerator(lambda: no_window, again), "attention with window 12"),
         (Accelerator(nothing, again), "no triton here"),
         (Accelerator(lambda: plain_kernel, frozen), "a replayed step"),
+        (Accelerator(lambda: plain_kernel, largest_frozen()), "a replayed step of 6"),
         (Accelerator(lambda: plain_kernel, failing), "not permitted"),
+        (Accelerator(uncompiled, again), "Triton: CompilationError"),
     ],
-    ids=["wrong", "no-window", "missing", "frozen", "failing"],
+    ids=["wrong", "no-window", "missing", "frozen", "largest-frozen", "failing", "uncompiled"],
 )
 def test_what_does_not_agree_with_the_plain_path_is_not_used(
     tmp_path: Path, accelerator: Accelerator, told: str

@@ -118,19 +118,21 @@ def _try_kernel(paged: AttentionBackend, gathered: AttentionBackend, memory: KvM
 
 
 def _try_graph(graphs: DecodeGraphs, decoder: Decoder, memory: KvMemory) -> None:
-    """Raises `EngineFailed` where a replayed step and a plain one differ."""
+    """Raises `EngineFailed` where a replayed step of any size and a plain one differ."""
     count = min(TRIED_TOKENS, memory.blocks * memory.block_tokens, decoder.cos.shape[0])
     tokens = [place * 7 % decoder.config.vocab_size for place in range(count)]
     blocks = list(range(-(-count // memory.block_tokens)))
     task = SampleTask(SamplingParams(max_tokens=1, seed=0), 0, TokenHistory(tokens, []))
     decoder.forward(pack(Batch([SequenceSlice("", tokens[:-1], 0, blocks)]), decoder, memory), memory)
-    batch = Batch([SequenceSlice("", tokens[-1:], count - 1, blocks, task)])
-    replayed = graphs.run(batch)
-    if replayed is None:
-        raise EngineFailed("a decode step was not replayed")
-    found = replayed.logits.clone()
-    final = decoder.finish(decoder.forward(pack(batch, decoder, memory), memory))
-    _compare(found, decoder.head(final).float(), "a replayed step", memory.rows.dtype)
+    part = SequenceSlice("", tokens[-1:], count - 1, blocks, task)
+    final = decoder.finish(decoder.forward(pack(Batch([part]), decoder, memory), memory))
+    expected = decoder.head(final).float()
+    for size in graphs.sizes:
+        # The same sequence in every place: all write the same K and V to the same place.
+        replayed = graphs.run(Batch([part] * size))
+        if replayed is None:
+            raise EngineFailed(f"a decode step of {size} sequences was not replayed")
+        _compare(replayed.logits, expected, f"a replayed step of {size} sequences", memory.rows.dtype)
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, what: str, dtype: torch.dtype | None = None) -> None:

@@ -93,6 +93,11 @@ class DecodeGraphs:
         """Steps so far."""
 
     @property
+    def sizes(self) -> Sequence[int]:
+        """Sequences in each graph, ascending."""
+        return self._sizes
+
+    @property
     def most(self) -> int:
         """Sequences in the largest graph."""
         return self._sizes[-1]

@@ -1,7 +1,9 @@
 """Launches the Triton kernels of paged_kernels.py. Imported only where a GPU serves: it needs Triton."""
 
 import torch
+from triton.errors import TritonError
 
+from isthmus.contracts.errors import EngineFailed
 from isthmus.execution.inference.attention.paged import Tables
 from isthmus.execution.inference.attention.paged_kernels import LOG2_E, attend_part, join_parts
 from isthmus.execution.inference.kv_memory import KvMemory
@@ -25,7 +27,13 @@ class TritonKernel:
         self._processors = processors
 
     def __call__(self, query: torch.Tensor, memory: KvMemory, tables: Tables, layer: int, window: int) -> torch.Tensor:
-        """See `PagedKernel`."""
+        """See `PagedKernel`. Raises `EngineFailed` where Triton cannot compile or launch them."""
+        try:
+            return self._launch(query, memory, tables, layer, window)
+        except TritonError as error:
+            raise EngineFailed(f"Triton: {type(error).__name__}: {str(error)[:200]}") from error
+
+    def _launch(self, query: torch.Tensor, memory: KvMemory, tables: Tables, layer: int, window: int) -> torch.Tensor:
         rows, heads, dim = query.shape
         sequences, kv_heads = tables.blocks.shape[0], memory.kv_heads
         parts = self.parts(
