@@ -10,7 +10,6 @@ ext4 had not been asked to sync, whatever its image lies on. Counts named `on_di
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -23,6 +22,7 @@ from tests.support import power
 from tests.support.deaths import tell_of_dying_threads
 from tests.support.lives import Heard, Known, Pipe, State, forgets_of, piece
 from tests.support.scale import in_memory, seed, tally, volatile
+from tests.support.together import outputs_of
 
 from isthmus.contracts.blocks import NO_SESSION, Erasure, StoreStats
 
@@ -37,20 +37,9 @@ def die(folders: Sequence[Path], deaths: int, number: int, *, power: bool = Fals
         {"folder": str(folder), "seed": number + at, "deaths": deaths // len(folders), "power": power}
         for at, folder in enumerate(folders)
     ]
-    processes = [
-        subprocess.Popen(
-            [*command, json.dumps(one)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for one in given
-    ]
-    try:
-        ended = [process.communicate(timeout=1400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(error for _, error in ended)
+    ended = outputs_of([[*command, json.dumps(one)] for one in given])
     counts: Counter[str] = Counter()
-    for folder, (said, _) in zip(folders, ended, strict=True):
+    for folder, said in zip(folders, ended, strict=True):
         of_one = json.loads(said)
         counts.update(of_one)
         counts["on_disk"] += of_one["deaths"] * (not volatile(folder))

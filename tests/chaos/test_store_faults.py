@@ -19,6 +19,7 @@ from tests.support import power
 from tests.support.faults import faults, looked_at, strained
 from tests.support.lives import Heard, Known, settings_of, uncounted_pages
 from tests.support.scale import in_memory, seed, tally
+from tests.support.together import outputs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = (sys.executable, "-m", "tests.support.faults")
@@ -27,17 +28,7 @@ MODULE = (sys.executable, "-m", "tests.support.faults")
 def faults_apart(folders: Sequence[Path], backend: str, number: int, least: int) -> int:
     """`faults` in a process for each folder, at the same time; how many calls were failed."""
     given = [[str(folder), backend, str(number + at), str(least // len(folders))] for at, folder in enumerate(folders)]
-    processes = [
-        subprocess.Popen([*MODULE, "fail", *one], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for one in given
-    ]
-    try:
-        ended = [process.communicate(timeout=1400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(error for _, error in ended)
-    return sum(sum(json.loads(said).values()) for said, _ in ended)
+    return sum(sum(json.loads(said).values()) for said in outputs_of([[*MODULE, "fail", *one] for one in given]))
 
 
 @pytest.mark.parametrize("backend", ["threads", "auto"])
